@@ -1,0 +1,46 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Everything lives in .venv.
+PYTHON ?= python3
+ARGS ?=
+PIP_FLAGS ?= -qq
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
+
+.PHONY: help demo test lint clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## */make \1\t/p' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.examples  ## train on the digits with the callback; print what TensorBoard shows
+	$(BIN)/python examples/digits.py $(ARGS)
+
+test: $(VENV)/.test  ## run the whole test suite (ARGS="-n 2 -k name" is passed on to pytest)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.test  ## style, formatting and types
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+clean:  ## remove the environment and what runs left behind
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The stamps say when an environment was last installed, so that a second run installs nothing.
+# torch goes first and alone: pinned, so that no other requirement can pull in a newer build of several gigabytes.
+$(VENV)/.torch: constraints.txt
+	@echo "Installing torch into $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	@$(INSTALL) setuptools torch
+	@touch $@
+
+$(VENV)/.examples: $(VENV)/.torch setup.py
+	@echo "Installing lightning-gradconf with its examples into $(VENV)"
+	@$(INSTALL) --no-build-isolation -e '.[examples]'
+	@touch $@
+
+# [test] contains [examples].
+$(VENV)/.test: $(VENV)/.torch setup.py
+	@echo "Installing lightning-gradconf with its tests into $(VENV)"
+	@$(INSTALL) --no-build-isolation -e '.[test]'
+	@touch $(VENV)/.examples $@

@@ -1,0 +1,398 @@
+"""GradientConfusionCallback: when to measure, and what to log."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_gradconf import plots, sampling
+from lightning_gradconf._lightning import Callback, MisconfigurationException, warn
+from lightning_gradconf.engines import Engine, gram_of_units
+from lightning_gradconf.engines.objective import objective
+from lightning_gradconf.probe import no_trace, prepare_step, reason_not_to_measure, step_loss
+from lightning_gradconf.statistics import gradient_statistics, min_cosine, pairwise_cosines, statistic_names
+from lightning_gradconf.units import copy_of
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+_MAX_FAILURES = 3
+
+
+class GradientConfusionCallback(Callback):
+    r"""Log how much the gradients of different samples conflict, without changing the run.
+
+    At set steps the callback takes ``num_units`` units of ``unit_size`` samples, computes the gradient of the module's
+    own ``training_step`` on each, and logs statistics of their inner products
+    :math:`K_{ij} = \langle g_i, g_j \rangle` and cosines :math:`C_{ij}`. Weights are those before the step whose loss
+    is logged at the same place; the first batch is always measured.
+
+    Logged Metrics (``statistics="default"``), under ``{prefix}/``:
+
+    * **eta**: :math:`\max(0, -\min_{i \ne j} K_{ij})`, gradient confusion, a squared gradient norm.
+    * **min_cosine**: :math:`\min_{i \ne j} C_{ij}`, what the paper plots.
+    * **p05_cosine**, **mean_cosine**: 5 % quantile and mean of the cosines.
+    * **negative_fraction**: share of the pairs that disagree.
+    * **gradient_norm**: mean norm of the units' gradients.
+
+    They go to every logger and to ``trainer.callback_metrics``, so that EarlyStopping and ModelCheckpoint can monitor
+    them. The minimum over pairs falls with their number: compare curves of equal ``num_units`` and ``unit_size``.
+    Within a run the number is constant.
+
+    Args:
+        every_n_train_steps: Measure at every n-th optimizer step. By default, and without ``every_n_epochs``, it is
+            the Trainer's ``log_every_n_steps``.
+        every_n_epochs: Measure at the end of every n-th training epoch, before validation, as the paper does.
+        num_units: How many gradients are compared.
+        unit_size: Samples behind each gradient; ``"batch"`` is a whole batch of the loader.
+        source: ``"current"`` takes samples of the batch in training, or where one is not enough (``"batch"``,
+            ``every_n_epochs``) of the most recent ones; ``"fresh"`` draws from the training dataset each time;
+            ``"fixed"`` draws once; a DataLoader gives its first samples each time.
+        engine: How gradients are computed; see `gradient_gram`. All give the same numbers.
+        reuse_backward: Ride on the backward pass of training. Not available yet.
+        chunk_size: Units differentiated at once by ``vmap``.
+        parameters: Glob patterns on names of parameters; None is all that require grad.
+        loss_fn: ``loss_fn(module, batch)``, instead of ``training_step``. Needed with manual optimization.
+        dropout: Measure with dropout on. By default its probability is zero while measuring.
+        statistics: Names of statistics, ``"default"`` or ``"all"``.
+        per_layer: Log ``{prefix}/min_cosine/{submodule}`` too: of each submodule that has parameters (True), or of
+            submodules at this depth of names (1 is ``encoder``, 2 is ``encoder.block1``).
+        histogram: Log the distribution of the cosines to TensorBoard.
+        figures: Log a heatmap and the density of the cosines as images to TensorBoard; needs matplotlib.
+        prefix: First part of every key.
+        prog_bar: Show ``min_cosine`` in the progress bar.
+        seed: Seed of fresh and fixed draws.
+
+    Attributes:
+        last_gram: The Gram ``(n, n)`` of the last measurement, on the CPU; None before the first.
+        last_statistics: What it logged, by the names of the statistics.
+        last_step: The step that it was logged at.
+
+    Raises:
+        ValueError: An argument is out of its range; the message names it.
+        MisconfigurationException: ``every_n_train_steps`` and ``every_n_epochs`` are both given.
+
+    Source: `Sankararaman et al. 2020 <https://arxiv.org/abs/1904.06963>`_, Definition 2.1 and Section 7.
+
+    Example::
+
+        >>> import torch, pytorch_lightning as pl
+        >>> from pytorch_lightning.demos.boring_classes import BoringModel
+        >>> confusion = GradientConfusionCallback(num_units=4)
+        >>> trainer = pl.Trainer(max_steps=1, callbacks=[confusion], logger=False, enable_checkpointing=False,
+        ...                      enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
+        >>> class Model(BoringModel):
+        ...     def train_dataloader(self):
+        ...         return torch.utils.data.DataLoader(torch.randn(8, 32), batch_size=8)
+        >>> trainer.fit(Model())
+        >>> confusion.last_gram.shape
+        torch.Size([4, 4])
+    """
+
+    def __init__(
+        self,
+        *,
+        every_n_train_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        num_units: int = 32,
+        unit_size: int | Literal["batch"] = 1,
+        source: Literal["current", "fresh", "fixed"] | DataLoader = "current",  # type: ignore[type-arg]
+        engine: Engine = "auto",
+        reuse_backward: bool = False,
+        chunk_size: int | None = None,
+        parameters: str | Sequence[str] | None = None,
+        loss_fn: Callable[[LightningModule, Any], Tensor] | None = None,
+        dropout: bool = False,
+        statistics: Sequence[str] | Literal["default", "all"] = "default",
+        per_layer: bool | int = False,
+        histogram: bool = True,
+        figures: bool = False,
+        prefix: str = "gradient_confusion",
+        prog_bar: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if every_n_train_steps is not None and every_n_epochs is not None:
+            raise MisconfigurationException(
+                f"every_n_train_steps={every_n_train_steps} and every_n_epochs={every_n_epochs} exclude each other; "
+                "give one of them"
+            )
+        _check_at_least(1, every_n_train_steps=every_n_train_steps, every_n_epochs=every_n_epochs)
+        _check_at_least(2, num_units=num_units)
+        _check_at_least(1, unit_size=None if unit_size == "batch" else unit_size, chunk_size=chunk_size)
+        _check_at_least(0, per_layer=int(per_layer) if isinstance(per_layer, bool) else per_layer, seed=seed)
+        if not isinstance(source, DataLoader) and source not in ("current", "fresh", "fixed"):
+            raise ValueError(f"source={source!r} is not 'current', 'fresh', 'fixed' or a DataLoader")
+        if engine not in get_args(Engine):
+            raise ValueError(f"engine={engine!r} is not one of {', '.join(map(repr, get_args(Engine)))}")
+        if loss_fn is not None and not callable(loss_fn):
+            raise ValueError(f"loss_fn={loss_fn!r} is not a function of a module and a batch")
+        if reuse_backward:
+            raise ValueError("reuse_backward=True is not available in this release; leave it False")
+        if figures and find_spec("matplotlib") is None:
+            raise ValueError('figures=True needs matplotlib: pip install "lightning_gradconf[plots]"')
+        if not isinstance(prefix, str) or not prefix:
+            raise ValueError(f"prefix={prefix!r} must be a non-empty string")
+        self.every_n_train_steps = every_n_train_steps
+        self.every_n_epochs = every_n_epochs
+        self.num_units = num_units
+        self.unit_size = unit_size
+        self.source = source
+        self.engine = engine
+        self.chunk_size = chunk_size
+        self.parameters = parameters
+        self.loss_fn = loss_fn
+        self.dropout = dropout
+        self.statistics = statistic_names(statistics)
+        self.per_layer = per_layer
+        self.histogram = histogram
+        self.figures = figures
+        self.prefix = prefix
+        self.prog_bar = prog_bar
+        self.seed = seed
+        self.last_gram: Tensor | None = None
+        self.last_statistics: dict[str, float] = {}
+        self.last_step: int | None = None
+        self._start_run()
+
+    @property
+    def state_key(self) -> str:
+        """Distinct for each prefix, so that a Trainer takes several of these callbacks."""
+        return f"{type(self).__qualname__}{{'prefix': {self.prefix!r}}}"
+
+    def _start_run(self) -> None:
+        """Forget what belongs to one call of ``fit``."""
+        self._enabled = False
+        self._pending = True
+        self._n: int | None = None
+        self._engine: str = self.engine
+        self._recent: deque[Any] = deque()
+        self._recent_size: int | None = None
+        self._fixed: list[Any] | None = None
+        self._measured_at: int | None = None
+        self._failures = 0
+        self._warned: set[str] = set()
+
+    # ---- when -------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Decide once whether this run can be measured."""
+        self._start_run()
+        reason = reason_not_to_measure(trainer, pl_module, self.loss_fn)
+        if reason is None and any(self.source is loader for loader in sampling.training_loaders(trainer)):
+            reason = "source= is the training loader itself, whose order would change; use source='fresh'"
+        if reason is None and self.every_n_epochs is None and self._every(trainer) == 0:
+            reason = "Trainer(log_every_n_steps=0) means never; pass every_n_train_steps= to measure"
+        self._enabled = reason is None
+        if reason is not None:
+            self._warn_once(f"measures nothing in this run. {reason}.")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Measure the weights before the step of this batch, if it is time."""
+        if not self._enabled or trainer.fit_loop._skip_backward:  # the extra epoch of SWA does not train
+            return
+        due = self._pending or (self.every_n_epochs is None and self._step_is_due(trainer))
+        if due and self._measured_at == _step(trainer):  # while gradients accumulate, the step stays the same
+            due = self._pending = False
+
+        def visit() -> None:
+            if self.source == "current" and (due or self._rolling):
+                self._collect(trainer, batch)
+                if self._rolling and self._n is None and len(self._recent) != self._recent.maxlen:
+                    return  # how many there will be is known when as many as possible were seen
+            if due:
+                self._measure(trainer, pl_module, batch, batch_idx)
+
+        self._guarded(visit)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure the weights at the end of an epoch, if it is time."""
+        if not self._enabled or self.every_n_epochs is None or trainer.fit_loop._skip_backward:
+            return
+        finished = trainer.is_last_batch or trainer.global_step == trainer.max_steps
+        if finished and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._guarded(lambda: self._measure(trainer, pl_module, batch, batch_idx))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if nothing was ever measured, and release the batches kept."""
+        if self._enabled and self._n is None and not self._warned:
+            self._warn_once(
+                f"no measurement took place: {len(self._recent)} units of unit_size={self.unit_size!r} were seen, "
+                "too few. Lower num_units or unit_size, or train longer."
+            )
+        self._recent.clear()
+        self._fixed = None
+
+    def _every(self, trainer: Trainer) -> int:
+        logged = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        return logged if self.every_n_train_steps is None else self.every_n_train_steps
+
+    def _step_is_due(self, trainer: Trainer) -> bool:
+        """The phase of Trainer(log_every_n_steps), at the batch that completes the optimizer step."""
+        return (_step(trainer) + 1) % self._every(trainer) == 0 and not trainer.fit_loop._should_accumulate()
+
+    # ---- what -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _rolling(self) -> bool:
+        """Whether units are gathered over several batches."""
+        return self.unit_size == "batch" or self.every_n_epochs is not None
+
+    def _collect(self, trainer: Trainer, batch: Any) -> None:
+        """Keep copies of the units in a batch: training_step may write to the originals."""
+        found = sampling.units_of(batch, self.unit_size, None if self._rolling else self.num_units)
+        if self.unit_size == "batch":
+            size = sampling.size_of(batch)
+            self._recent_size = self._recent_size or size
+            found = found if size == self._recent_size else []  # a short last batch is no unit like the others
+        if not self._rolling:
+            self._recent.clear()
+        elif self._n is None and found:
+            per_epoch = len(found) * trainer.num_training_batches
+            self._recent = deque(self._recent, maxlen=int(min(self.num_units, per_epoch)))
+        self._recent.extend(found)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        step = _step(trainer)
+        self._pending = True  # until there is a measurement
+        given: list[bool] = []
+        loss = step_loss(trainer, pl_module, self.loss_fn, batch_idx, given)
+        loader = self.source if isinstance(self.source, DataLoader) else trainer.train_dataloader
+        drawn_from = [] if self.source == "current" else sampling.state_of(loader)
+        with no_trace(trainer, pl_module, *drawn_from):
+            if not prepare_step(pl_module, copy_of(batch), batch_idx):
+                return
+            units = self._units(trainer, pl_module, step)
+            if enough := len(units) >= (self._n or 2):
+                unit_size = sampling.size_of(units[0])
+                target = objective(pl_module, loss, self.parameters)
+                grams, used = gram_of_units(target, units, unit_size, self._engine, self.chunk_size, self.dropout)
+        if not enough:
+            return self._too_few(len(units))
+        if not any(given):  # training_step skips this batch
+            return
+        if used == "loop":  # do not try again what failed
+            self._engine = used
+        self._n = len(units)
+        self._pending = False
+        self._measured_at = step
+        self._failures = 0
+        self._log(trainer, pl_module, grams, unit_size, step)
+
+    def _units(self, trainer: Trainer, pl_module: LightningModule, step: int) -> list[Any]:
+        """The units that there are to measure, as many as this run compares at most."""
+        wanted = self._n or self.num_units
+        if self.source == "current":
+            return list(self._recent)[-wanted:]
+        if isinstance(self.source, DataLoader):
+            return sampling.read(trainer, pl_module, self.source, wanted, self.unit_size, (self.seed, step))
+        if self.source == "fresh":
+            return sampling.draw(trainer, pl_module, wanted, self.unit_size, (self.seed, step))
+        if self._fixed is None:
+            self._fixed = sampling.draw(trainer, pl_module, wanted, self.unit_size, (self.seed,))
+        return self._fixed
+
+    def _too_few(self, n: int) -> None:
+        """The first measurement shows what the source can give; later ones wait for a batch that is large enough."""
+        if self._n is None:
+            self._enabled = False
+            self._warn_once(
+                f"measures nothing in this run. source={self.source!r} gives {n} unit(s) of unit_size="
+                f"{self.unit_size!r}, and it takes two to disagree; use a smaller unit_size, unit_size='batch', or "
+                "source='fresh'."
+            )
+
+    def _log(
+        self, trainer: Trainer, pl_module: LightningModule, grams: dict[str, Tensor], unit_size: int | None, step: int
+    ) -> None:
+        gram = torch.stack(list(grams.values())).sum(0)
+        values = gradient_statistics(gram, self.statistics, unit_size=unit_size or 1)
+        if unit_size is None and "noise_scale" in values:  # in samples, which cannot be counted here
+            values["noise_scale"] = torch.tensor(math.nan)
+        self.last_gram = gram.cpu()
+        self.last_statistics = {name: float(value) for name, value in values.items()}
+        self.last_step = step
+        metrics = {f"{self.prefix}/{name}": value for name, value in self.last_statistics.items()}
+        for layer, names in _layers(list(grams), self.per_layer).items():
+            lowest = min_cosine(torch.stack([grams[name] for name in names]).sum(0))
+            metrics[f"{self.prefix}/min_cosine/{layer}"] = float(lowest)
+        if not bool(self.last_gram.isfinite().all()):
+            self._warn_once("a gradient is not finite; such measurements are logged as NaN.", f" First at step {step}.")
+        for key, value in metrics.items():
+            on_bar = self.prog_bar and key == f"{self.prefix}/min_cosine"
+            # Not to the loggers: Lightning would repeat a value, or drop it, between its own logging steps.
+            pl_module.log(key, value, on_step=True, on_epoch=False, logger=False, prog_bar=on_bar, batch_size=1)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics=metrics, step=step)
+        self._log_pictures(trainer, step)
+
+    def _log_pictures(self, trainer: Trainer, step: int) -> None:
+        assert self.last_gram is not None
+        if trainer.global_rank != 0 or not bool(self.last_gram.isfinite().all()):
+            return
+        cosines = pairwise_cosines(self.last_gram)
+        loggers: list[Any] = trainer.loggers
+        for logger in loggers:
+            if "TensorBoardLogger" not in {base.__name__ for base in type(logger).__mro__} or not len(cosines):
+                continue
+            if self.histogram:
+                logger.experiment.add_histogram(f"{self.prefix}/cosines", cosines, step)
+            if self.figures:
+                logger.experiment.add_figure(f"{self.prefix}/heatmap", plots.plot_gram(self.last_gram), step)
+                logger.experiment.add_figure(f"{self.prefix}/density", plots.plot_density(self.last_gram), step)
+
+    # ---- when it goes wrong -----------------------------------------------------------------------------------------
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        """Run a part of a measurement; an error in it never reaches the training."""
+        try:
+            action()
+        except Exception as error:
+            self._failures += 1
+            self._pending = False
+            if self._failures >= _MAX_FAILURES:
+                self._enabled = False
+            first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+            self._warn_once(
+                f"a measurement failed and training goes on as without it. {type(error).__name__}: {first}. After "
+                f"{_MAX_FAILURES} failures in a row it stops trying; to see the whole error, run gradient_gram on "
+                "this module and a batch."
+            )
+
+    def _warn_once(self, message: str, detail: str = "") -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warn(message + detail)
+
+
+def _step(trainer: Trainer) -> int:
+    """The step that loggers write this batch at."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _layers(names: list[str], per_layer: bool | int) -> dict[str, list[str]]:
+    """The names of parameters by the submodule that they are logged under."""
+    layers: dict[str, list[str]] = {}
+    if per_layer is False or per_layer == 0:
+        return layers
+    depth = math.inf if per_layer is True else per_layer
+    for name in names:
+        path = name.split(".")
+        owner = path[:-1] or path  # a parameter of the LightningModule itself has no submodule
+        layers.setdefault(".".join(owner[: int(min(depth, len(owner)))]), []).append(name)
+    return layers
+
+
+def _check_at_least(least: int, **arguments: int | None) -> None:
+    for name, value in arguments.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise ValueError(f"{name}={value!r} must be an integer of at least {least}")

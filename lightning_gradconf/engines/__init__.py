@@ -1,0 +1,128 @@
+"""Engines: from a module, its loss and n units to the Gram of the units' gradients.
+
+Each engine is a function of an objective and units, and all give the same numbers. `gradient_gram` chooses one:
+
+* ``vmap``: all units at once through torch.func. Needs a module that torch.func can transform and units of one shape.
+* ``loop``: one autograd pass a unit. Works wherever training works.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from lightning_gradconf.engines import loop, vmap
+from lightning_gradconf.engines.layers import MeasuredLayers
+from lightning_gradconf.engines.objective import LossFn, Objective, objective
+from lightning_gradconf.isolation import untouched
+from lightning_gradconf.units import num_samples, split
+
+Engine = Literal["auto", "ghost", "vmap", "loop"]
+log = logging.getLogger("lightning_gradconf")
+
+
+def gradient_gram(
+    module: nn.Module,
+    loss_fn: LossFn,
+    batch: Any,
+    *,
+    unit_size: int = 1,
+    engine: Engine = "auto",
+    chunk_size: int | None = None,
+    parameters: str | Sequence[str] | None = None,
+    dropout: bool = False,
+) -> dict[str, Tensor]:
+    r"""Return the inner products of the units' gradients, :math:`K_{ij} = \langle g_i, g_j \rangle`, per parameter.
+
+    A unit is ``unit_size`` samples of the batch, and its gradient that of ``loss_fn`` on these samples alone. The sum
+    over the parameters is the Gram of the whole gradients; `gradient_statistics` turns it into numbers.
+
+    BatchNorm uses its running statistics if ``unit_size`` is 1, where statistics of the batch do not exist, and is
+    otherwise in the module's own mode, with the statistics of each unit. The module, its buffers, its gradients and
+    the random state are left as they were.
+
+    Args:
+        module: Any module.
+        loss_fn: ``loss_fn(module, batch)``, the scalar loss of a batch.
+        batch: Any nesting of tuples, lists, mappings and dataclasses of tensors with the samples on dimension 0; their
+            number must be a multiple of ``unit_size``.
+        unit_size: Samples behind each gradient.
+        engine: ``"vmap"`` takes all units at once, ``"loop"`` one after the other; ``"auto"`` is the fastest that can.
+        chunk_size: How many units ``vmap`` differentiates at once; None is all of them.
+        parameters: Glob patterns on the names of parameters; None is all that require grad.
+        dropout: Leave dropout on, with masks of its own for each unit.
+
+    Returns:
+        ``{parameter name: (n, n)}`` on the module's device, float64 for double parameters and float32 for all others.
+
+    Raises:
+        ValueError: The samples cannot be told, no parameter is left, or the loss is no scalar.
+
+    Source: Definition 2.1 of `Sankararaman et al. 2020 <https://arxiv.org/abs/1904.06963>`_.
+
+    Example::
+
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> grams = gradient_gram(model, lambda model, x: model(x).sum(), torch.tensor([[1.0, 0.0], [-3.0, 4.0]]))
+        >>> grams["weight"]
+        tensor([[ 1., -3.],
+                [-3., 25.]])
+    """
+    samples = num_samples(batch)
+    if not isinstance(unit_size, int) or unit_size < 1 or samples % unit_size:
+        raise ValueError(
+            f"a batch of {samples} samples does not divide into units of unit_size={unit_size}; "
+            "give a batch of a multiple of unit_size samples"
+        )
+    target = objective(module, loss_fn, parameters)
+    with untouched(module):
+        grams, _ = gram_of_units(target, split(batch, unit_size), unit_size, engine, chunk_size, dropout)
+    return grams
+
+
+def gram_of_units(
+    target: Objective,
+    units: Sequence[Any],
+    unit_size: int | None,
+    engine: str = "auto",
+    chunk_size: int | None = None,
+    dropout: bool = False,
+) -> tuple[dict[str, Tensor], str]:
+    """Return the Gram of each parameter, and the name of the engine that made them.
+
+    ``unit_size`` is the samples in each unit, None if they cannot be told. With ``engine="auto"``, what torch.func
+    cannot transform goes through the loop; the reason is logged once.
+    """
+    if engine not in ("auto", "vmap", "loop"):
+        raise ValueError(f"engine={engine!r} is not available; choose 'auto', 'vmap' or 'loop'")
+    with MeasuredLayers(running_statistics=unit_size == 1, dropout=dropout):
+        if engine in ("auto", "vmap"):
+            try:
+                with untouched(target.module):  # a pass that fails halfway may leave torch.func's tensors behind
+                    return contract(vmap.unit_gradients(target, units, chunk_size)), "vmap"
+            except Exception as error:
+                if engine == "vmap":
+                    raise
+                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        grams = contract(loop.unit_gradients(target, units))
+    if engine == "auto":  # only now: an error that is the user's own has come up again in the loop
+        _say_once(
+            f"{type(target.module).__name__} is measured with one backward pass a unit, since torch.func cannot "
+            f"transform it ({reason}). Pass engine='loop' to choose this without trying."
+        )
+    return grams, "loop"
+
+
+def contract(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the Gram ``(n, n)`` of each matrix of gradients ``(n, numel)``, releasing each after its use."""
+    return {name: (row := rows.pop(name)) @ row.T for name in list(rows)}
+
+
+@lru_cache(maxsize=256)
+def _say_once(message: str) -> None:
+    log.info(message)

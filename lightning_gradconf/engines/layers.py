@@ -1,0 +1,113 @@
+"""How BatchNorm and dropout behave while gradients are measured.
+
+Their calls are rewritten on the way to PyTorch, wherever they come from: a layer, an attention module, a recurrent
+one, or a functional call. No module is changed, and no ``training`` flag, since some models return a loss only in
+training mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+# The position of the dropout probability among the positional arguments, and its keyword.
+_PROBABILITY: dict[Callable[..., Any], tuple[int, str]] = {
+    F.dropout: (1, "p"),
+    F.dropout1d: (1, "p"),
+    F.dropout2d: (1, "p"),
+    F.dropout3d: (1, "p"),
+    F.alpha_dropout: (1, "p"),
+    F.feature_alpha_dropout: (1, "p"),
+    torch.dropout: (1, "p"),
+    torch.dropout_: (1, "p"),
+    torch.feature_dropout: (1, "p"),
+    torch.feature_dropout_: (1, "p"),
+    torch.alpha_dropout: (1, "p"),
+    torch.alpha_dropout_: (1, "p"),
+    torch.feature_alpha_dropout: (1, "p"),
+    torch.feature_alpha_dropout_: (1, "p"),
+    torch.native_dropout: (1, "p"),
+    F.scaled_dot_product_attention: (4, "dropout_p"),
+    F.multi_head_attention_forward: (10, "dropout_p"),
+}
+_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+
+
+class MeasuredLayers(TorchFunctionMode):
+    """Within this context, BatchNorm never touches its buffers, and dropout is off if asked.
+
+    Args:
+        running_statistics: Normalise with the running statistics also in training mode, as gradients of single
+            samples require. Otherwise BatchNorm is in its module's own mode.
+        dropout: False sets the probability of every dropout to zero.
+    """
+
+    def __init__(self, *, running_statistics: bool, dropout: bool) -> None:
+        super().__init__()
+        self.running_statistics = running_statistics
+        self.dropout = dropout
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call ``func`` with the arguments it has while measuring."""
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            return _batch_norm(self.running_statistics, *args, **kwargs)
+        if func is F.instance_norm:
+            return _instance_norm(*args, **kwargs)
+        if not self.dropout:
+            if func in _PROBABILITY:
+                args, kwargs = _replaced(*_PROBABILITY[func], args, kwargs)
+            elif func in _RECURRENT:
+                packed = isinstance(args[1], Tensor) and not args[1].is_floating_point()
+                args, kwargs = _replaced(6 if packed else 5, "dropout", args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _replaced(
+    position: int, keyword: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with a probability of zero."""
+    if len(args) > position:
+        return (*args[:position], 0.0, *args[position + 1 :]), kwargs
+    return args, kwargs | {keyword: 0.0}
+
+
+def _batch_norm(
+    running_statistics: bool,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not training:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    if running_statistics and running_mean is not None:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    # Without buffers the output is the same, nothing is updated, and torch.func can batch it.
+    return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if use_input_stats:  # the buffers would only be written to
+        running_mean = running_var = None
+    return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)

@@ -1,0 +1,96 @@
+"""One autograd pass a unit: right for every model that trains, and the oracle of the other engines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
+
+from lightning_gradconf.engines.objective import Objective, as_rows, empty_rows
+
+
+def unit_gradients(objective: Objective, units: Sequence[Any]) -> dict[str, Tensor]:
+    """Return the gradient of each unit's loss as ``{parameter name: (n, numel)}``."""
+    state = {name: p.detach().clone().requires_grad_() for name, p in objective.parameters.items()}
+    state |= {name: t.detach().clone() for name, t in objective.constants.items()}
+    versions = {name: t._version for name, t in state.items()}
+    leaves = {name: state[name] for name in objective.parameters}
+    rows = {name: empty_rows(leaf, len(units)) for name, leaf in leaves.items()}
+    for i, unit in enumerate(units):
+        for name, gradient in objective.at(state, unit, lambda loss: _differentiate(objective, loss, leaves)).items():
+            if gradient is not None:
+                rows[name][i] = as_rows(gradient, 1)[0]
+        _refresh(objective, state, versions)
+    return rows
+
+
+def _differentiate(objective: Objective, loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """The gradient of the loss for each leaf, None where it does not depend on it."""
+    try:
+        gradients = _run_backward(loss, tuple(leaves.values()))
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        return _differentiate_everything(objective, loss, leaves)
+    if any(gradient is None for gradient in gradients) and _has_custom_node(loss):
+        # A reentrant checkpoint keeps quiet about the parameters inside it unless everything is differentiated.
+        return _differentiate_everything(objective, loss, leaves)
+    return dict(zip(leaves, gradients, strict=True))
+
+
+def _run_backward(loss: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients of ``leaves``, or without any, all gradients into the ``grad`` of their leaves.
+
+    `torch.autograd.grad` and `backward` suspend MeasuredLayers, and a checkpoint calls layers in the backward pass.
+    """
+    engine = torch.autograd.Variable._execution_engine
+    return engine.run_backward(
+        (loss,), (torch.ones_like(loss),), True, False, leaves, allow_unreachable=True, accumulate_grad=not leaves
+    )
+
+
+def _has_custom_node(loss: Tensor) -> bool:
+    """Whether a custom autograd.Function, as a reentrant checkpoint is one, took part in the loss."""
+    seen: set[Node] = set()
+    todo = [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, BackwardCFunction):
+            return True
+        seen.add(node)
+        todo.extend(edge for edge, _ in node.next_functions)
+    return False
+
+
+def _differentiate_everything(
+    objective: Objective, loss: Tensor, leaves: dict[str, Tensor]
+) -> dict[str, Tensor | None]:
+    """The same without naming the leaves; gradients that the module's own parameters hold are put back."""
+    own = [t for t in (*objective.parameters.values(), *objective.constants.values()) if isinstance(t, nn.Parameter)]
+    held = [p.grad for p in own]
+    for p in own:
+        p.grad = None
+    try:
+        _run_backward(loss, ())
+        return {name: leaf.grad for name, leaf in leaves.items()}
+    finally:
+        for p, gradient in zip(own, held, strict=True):
+            p.grad = gradient
+        for leaf in leaves.values():
+            leaf.grad = None
+
+
+def _refresh(objective: Objective, state: dict[str, Tensor], versions: dict[str, int]) -> None:
+    """Undo what a unit's pass wrote into the copies, so that every unit meets the same module."""
+    originals = {**objective.parameters, **objective.constants}
+    for name, copy in state.items():
+        # Native BatchNorm updates its buffers without counting a version, so buffers are always renewed.
+        if copy._version != versions[name] or not isinstance(originals[name], nn.Parameter):
+            copy.data.copy_(originals[name])
+            versions[name] = copy._version

@@ -1,0 +1,109 @@
+"""A module and its loss as one function of parameters and a unit: what every engine differentiates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+LossFn = Callable[[Any, Any], Tensor]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of one unit, ready to be evaluated at copies of the module's tensors.
+
+    Attributes:
+        module: The user's module.
+        loss_fn: The scalar loss of a batch.
+        parameters: The parameters that gradients are taken for, by name.
+        constants: The module's other parameters and its buffers, by name.
+    """
+
+    module: nn.Module
+    loss_fn: LossFn
+    parameters: dict[str, nn.Parameter]
+    constants: dict[str, Tensor]
+
+    def at(self, tensors: dict[str, Tensor], unit: Any, then: Callable[[Tensor], Result]) -> Result:
+        """Return ``then(loss of the unit)`` with ``tensors`` in place of the module's own.
+
+        What needs the graph of the loss happens in ``then``: activation checkpoints run the module again in the
+        backward pass, and must find the same tensors in it.
+        """
+
+        def run(module: nn.Module) -> Result:
+            loss = self.loss_fn(module, unit)
+            _check_loss(loss)
+            return then(loss.reshape(()))
+
+        swapped = {f"module.{name}": tensor for name, tensor in tensors.items()}
+        return functional_call(_Caller(self.module), swapped, (run,))  # type: ignore[no-any-return]
+
+
+class _Caller(nn.Module):
+    """Gives `functional_call` a forward for any function of a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, function: Callable[[nn.Module], Result]) -> Result:
+        return function(self.module)
+
+
+def objective(module: nn.Module, loss_fn: LossFn, parameters: str | Sequence[str] | None = None) -> Objective:
+    """Return the objective of ``module`` for the parameters that require grad and match a glob pattern.
+
+    Raises:
+        ValueError: No parameter requires grad, no name matches, or a parameter is not initialised yet.
+    """
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError(
+            f"no parameter of {type(module).__name__} requires grad, so there is no gradient to compare; "
+            "unfreeze some with `requires_grad_()`"
+        )
+    if lazy := [name for name, p in module.named_parameters() if isinstance(p, nn.UninitializedParameter)]:
+        raise ValueError(f"parameter {lazy[0]!r} is not initialised yet; run one batch through the module first")
+    patterns = ["*"] if parameters is None else [parameters] if isinstance(parameters, str) else list(parameters)
+    tracked = {name: p for name, p in trainable.items() if any(fnmatchcase(name, glob) for glob in patterns)}
+    if not tracked:
+        raise ValueError(
+            f"parameters={parameters!r} matches none of the {len(trainable)} parameters that require grad; "
+            f"their names are like {', '.join(map(repr, list(trainable)[:5]))}"
+        )
+    others = {name: p for name, p in module.named_parameters() if name not in tracked}
+    return Objective(module, loss_fn, tracked, others | dict(module.named_buffers()))
+
+
+def as_rows(gradients: Tensor, n: int) -> Tensor:
+    """Gradients ``(n, *shape)`` as dense real rows in the precision that inner products are accumulated in."""
+    gradients = gradients.to_dense() if gradients.is_sparse else gradients
+    gradients = torch.view_as_real(gradients) if gradients.is_complex() else gradients
+    return gradients.reshape(n, -1).to(accumulation_dtype(gradients))
+
+
+def empty_rows(parameter: Tensor, n: int) -> Tensor:
+    """Room for what `as_rows` makes of ``n`` gradients of a parameter."""
+    numel = parameter.numel() * (2 if parameter.is_complex() else 1)
+    return torch.zeros(n, numel, dtype=accumulation_dtype(parameter), device=parameter.device)
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """Float64 for double tensors, float32 for everything narrower."""
+    return torch.float64 if tensor.dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        found = f"{loss.dtype} {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"the loss of a unit must be one floating-point number, found {found}; return its mean")
+    if not loss.requires_grad:
+        raise ValueError("the loss does not depend on any parameter; is it detached, or computed under no_grad?")

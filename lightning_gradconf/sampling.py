@@ -1,0 +1,129 @@
+"""Where units come from: the batches of the training itself, draws from its dataset, or a loader of the user's.
+
+Nothing here touches the training loader: an iterator of its own would draw from the random state, or restart its
+workers. Draws go through a new loader over the same dataset, in the main process, within `probe.no_trace`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+
+from lightning_gradconf import units
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+
+def units_of(batch: Any, unit_size: int | str, num_units: int | None = None) -> list[Any]:
+    """Return copies of the units in a batch; with ``unit_size="batch"`` it is one."""
+    if unit_size == "batch":
+        return [units.copy_of(batch)]
+    return units.split(batch, int(unit_size), num_units)
+
+
+def size_of(batch: Any) -> int | None:
+    """Return the number of samples in a batch, None if they cannot be told."""
+    try:
+        return units.num_samples(batch)
+    except ValueError:
+        return None
+
+
+def draw(
+    trainer: Trainer, module: LightningModule, num_units: int, unit_size: int | str, seed: Sequence[int]
+) -> list[Any]:
+    """Return units of samples drawn from the training dataset without replacement, on the module's device.
+
+    Args:
+        trainer: The running Trainer.
+        module: Its LightningModule.
+        num_units: How many units; fewer if the dataset is smaller.
+        unit_size: Samples in a unit; ``"batch"`` is the batch size of the training loader.
+        seed: Whatever the draw shall depend on, and nothing else does it depend on.
+
+    Raises:
+        ValueError: The training data are no single DataLoader with a dataset that can be indexed.
+    """
+    loader: Any = trainer.train_dataloader
+    batches = getattr(loader, "batch_sampler", None)
+    size = getattr(batches, "batch_size", None) if unit_size == "batch" else int(unit_size)
+    if batches is None or size is None or isinstance(loader.dataset, IterableDataset):
+        raise ValueError(
+            f"source='fresh' and 'fixed' draw from the dataset of one DataLoader with a batch size, found "
+            f"{type(loader).__name__} over {type(getattr(loader, 'dataset', None)).__name__}; use source='current', "
+            "or pass a DataLoader as source"
+        )
+    _seed_everything(seed)
+    sampler = getattr(batches, "sampler", None)
+    if isinstance(sampler, RandomSampler | SequentialSampler):
+        population: Sequence[int] = range(len(loader.dataset))
+    else:  # one that keeps to a part of the dataset, or prefers some of it
+        population = list(chain.from_iterable(batches) if sampler is None else sampler)
+    n = min(num_units, len(population) // size)
+    indices = random.sample(population, n * size)
+    # One batch for units of one sample, so that padding gives them one shape.
+    chunks = [indices] if size == 1 else [indices[i * size : (i + 1) * size] for i in range(n)]
+    drawn = DataLoader(loader.dataset, batch_sampler=chunks, collate_fn=loader.collate_fn)
+    return [u for batch in drawn for u in units_of(on_device(trainer, module, batch), 1 if size == 1 else "batch")]
+
+
+def read(
+    trainer: Trainer,
+    module: LightningModule,
+    loader: DataLoader[Any],
+    num_units: int,
+    unit_size: int | str,
+    seed: Sequence[int],
+) -> list[Any]:
+    """Return the first units of a loader of the user's, started anew, on the module's device."""
+    _seed_everything(seed)
+    found: list[Any] = []
+    for batch in loader:
+        found += units_of(on_device(trainer, module, batch), unit_size, num_units - len(found))
+        if len(found) == num_units:
+            break
+    return found
+
+
+def state_of(loader: Any) -> list[Any]:
+    """Return what iterating over a loader's indices changes: its generator, and what its samplers hold."""
+    samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
+    return [getattr(loader, "generator", None), *(vars(part) for part in samplers if hasattr(part, "__dict__"))]
+
+
+def training_loaders(trainer: Trainer) -> Iterator[Any]:
+    """Yield the loaders that the Trainer trains on."""
+    todo = [trainer.train_dataloader]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, dict):
+            todo.extend(item.values())
+        elif isinstance(item, list | tuple):
+            todo.extend(item)
+        else:
+            yield item
+
+
+def on_device(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+    """Return a batch as the Trainer would hand it to ``training_step``."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _seed_everything(seed: Sequence[int]) -> None:
+    """Make draws and augmentations depend on ``seed`` alone; the caller has remembered the random state."""
+    number = random.Random(",".join(map(str, seed))).getrandbits(32)
+    random.seed(number)
+    torch.manual_seed(number)
+    try:
+        import numpy as np
+    except ImportError:
+        return
+    np.random.seed(number)

@@ -1,0 +1,343 @@
+"""Pure functions of a Gram matrix of gradients, ``gram[i, j] = <g_i, g_j>`` of shape ``(n, n)``.
+
+Below, K is the Gram, d its diagonal, C the matrix of cosines, o the mean of K_ij over the pairs i < j. A statistic is a
+0-dim tensor on the Gram's device, float64 for a float64 Gram and float32 otherwise, computed without waiting for the
+device. A Gram with an entry that is not finite makes every statistic NaN. A zero gradient has no direction: its pairs
+are left out of the cosines, and if fewer than two gradients remain, cosines are NaN. Every function raises
+``TypeError`` for a Gram that is not a floating-point tensor, and ``ValueError`` for one not square with n >= 2.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def eta(gram: Tensor) -> Tensor:
+    """max(0, -min_{i<j} K_ij): the smallest bound of gradient confusion, a squared gradient norm.
+
+    0 when no two gradients disagree. Sankararaman et al. 2020, Definition 2.1, https://arxiv.org/abs/1904.06963.
+
+    >>> eta(torch.tensor([[1.0, -2.0], [-2.0, 5.0]]))
+    tensor(2.)
+    """
+    return (0 - min_inner_product(gram)).clamp(min=0)  # a unary minus would make -0.0 of 0.0
+
+
+def min_cosine(gram: Tensor) -> Tensor:
+    """min_{i<j} C_ij, in [-1, 1]: the cosine of the two gradients that disagree most.
+
+    It falls as n grows: compare equal n only. Sankararaman et al. 2020, Section 7, https://arxiv.org/abs/1904.06963.
+
+    >>> min_cosine(torch.tensor([[1.0, -2.0], [-2.0, 16.0]]))
+    tensor(-0.5000)
+    """
+    lowest = _pairs(cosine_matrix(gram)).nan_to_num(nan=2.0).amin()
+    return lowest.masked_fill(lowest > 1, torch.nan)
+
+
+def p05_cosine(gram: Tensor) -> Tensor:
+    """5 % quantile of C_ij over i < j, in [-1, 1]: a steadier ``min_cosine``, which does not fall as n grows.
+
+    Linear interpolation, as in ``torch.quantile``.
+
+    >>> p05_cosine(torch.tensor([[1.0, -2.0], [-2.0, 16.0]]))
+    tensor(-0.5000)
+    """
+    return _percentile(_pairs(cosine_matrix(gram)), 5)
+
+
+def mean_cosine(gram: Tensor) -> Tensor:
+    """Mean of C_ij over i < j, in [-1/(n-1), 1]: 0 for unrelated gradients, 1 for parallel ones.
+
+    The cosine form of stiffness: Fort et al. 2019, https://arxiv.org/abs/1901.09491.
+
+    >>> mean_cosine(torch.tensor([[1.0, -2.0], [-2.0, 16.0]]))
+    tensor(-0.5000)
+    """
+    return _pairs(cosine_matrix(gram)).nanmean()
+
+
+def negative_fraction(gram: Tensor) -> Tensor:
+    """Share of the pairs i < j with C_ij < 0, in [0, 1]: how often a step for one unit harms another.
+
+    About one half for unrelated gradients.
+
+    >>> negative_fraction(torch.tensor([[1.0, -2.0], [-2.0, 16.0]]))
+    tensor(1.)
+    """
+    cosines = _pairs(cosine_matrix(gram))
+    return (cosines < 0).to(cosines.dtype).masked_fill(cosines.isnan(), torch.nan).nanmean()
+
+
+def gradient_norm(gram: Tensor) -> Tensor:
+    """Mean of sqrt(d_i), >= 0: the average norm of a unit's gradient, zero gradients included.
+
+    >>> gradient_norm(torch.tensor([[1.0, -2.0], [-2.0, 25.0]]))
+    tensor(3.)
+    """
+    return _norms(_checked(gram)).mean()
+
+
+def min_inner_product(gram: Tensor) -> Tensor:
+    """min_{i<j} K_ij, a squared gradient norm: -``eta`` where it is negative.
+
+    >>> min_inner_product(torch.tensor([[1.0, 2.0], [2.0, 5.0]]))
+    tensor(2.)
+    """
+    return _pairs(_checked(gram)).amin()
+
+
+def median_cosine(gram: Tensor) -> Tensor:
+    """Median of C_ij over i < j, in [-1, 1]; the mean of the middle two of an even number of pairs.
+
+    >>> median_cosine(torch.tensor([[1.0, -2.0], [-2.0, 16.0]]))
+    tensor(-0.5000)
+    """
+    return _percentile(_pairs(cosine_matrix(gram)), 50)
+
+
+def gradient_diversity(gram: Tensor) -> Tensor:
+    """(sum_i d_i) / (sum_ij K_ij), >= 1/n: 1/n for equal gradients, 1 for orthogonal ones, inf if they cancel.
+
+    Bounds the batch size that still speeds up training: Yin et al. 2018, https://arxiv.org/abs/1706.05699.
+
+    >>> gradient_diversity(torch.tensor([[1.0, 1.0], [1.0, 1.0]]))
+    tensor(0.5000)
+    """
+    gram, _ = _rescaled(gram)
+    return gram.diagonal().sum() / gram.sum().clamp(min=0)
+
+
+def coherence(gram: Tensor) -> Tensor:
+    """(sum_ij K_ij) / (sum_i d_i), in [0, n]: n for equal gradients, 1 for orthogonal ones, 0 if they cancel.
+
+    m-coherence, the number of units that a step for one of them helps: Chatterjee & Zielinski 2020,
+    https://arxiv.org/abs/2008.01217. The reciprocal of ``gradient_diversity``.
+
+    >>> coherence(torch.tensor([[1.0, 1.0], [1.0, 1.0]]))
+    tensor(2.)
+    """
+    return 1 / gradient_diversity(gram)
+
+
+def noise_scale(gram: Tensor, unit_size: int = 1) -> Tensor:
+    """unit_size * (mean(d) - o) / o, in samples: the batch size at which noise and gradient are of equal size.
+
+    An estimate of B_simple, in which (mean(d) - o) and o are unbiased for the variance and the squared norm of the mean
+    gradient: McCandlish et al. 2018, Section 2.2 and Appendix A.1, https://arxiv.org/abs/1812.06162. It is negative or
+    infinite where o <= 0, when n units are too few to see the mean gradient. ``unit_size`` is the samples in a unit.
+
+    >>> noise_scale(torch.tensor([[4.0, 1.0], [1.0, 4.0]]), unit_size=8)
+    tensor(24.)
+    """
+    if unit_size < 1:
+        raise ValueError(f"unit_size is {unit_size}, but a unit has at least one sample: pass unit_size=1 or more.")
+    gram, _ = _rescaled(gram)
+    off_diagonal = _pairs(gram).mean()
+    return unit_size * (gram.diagonal().mean() - off_diagonal) / off_diagonal
+
+
+def normalized_variance(gram: Tensor) -> Tensor:
+    """(mean(d) - o) / mean(d), in [0, n/(n-1)]: 0 for equal gradients, 1 where the mean gradient is lost in noise.
+
+    Variance over second moment: Faghri et al. 2020, https://arxiv.org/abs/2007.04532.
+
+    >>> normalized_variance(torch.tensor([[4.0, 1.0], [1.0, 4.0]]))
+    tensor(0.7500)
+    """
+    gram, _ = _rescaled(gram)
+    return 1 - _pairs(gram).mean() / gram.diagonal().mean()
+
+
+def gradient_disparity(gram: Tensor) -> Tensor:
+    """Mean over i < j of ||g_i - g_j||, >= 0: the distance between gradients, a sign of overfitting as it grows.
+
+    Forouzesh & Thiran 2021, https://arxiv.org/abs/2107.06665.
+
+    >>> gradient_disparity(torch.tensor([[9.0, 0.0], [0.0, 16.0]]))
+    tensor(5.)
+    """
+    gram, scale = _rescaled(gram)
+    squared = gram.diagonal()[:, None] + gram.diagonal() - 2 * gram
+    return _pairs(squared).clamp(min=0).sqrt().mean() * scale.sqrt()
+
+
+def effective_rank(gram: Tensor) -> Tensor:
+    """(tr K)^2 / ||K||_F^2, in [1, n]: the participation ratio of the eigenvalues of K.
+
+    1 if all gradients lie on a line, n if they are orthogonal and equally long.
+
+    >>> effective_rank(torch.eye(3))
+    tensor(3.)
+    """
+    gram, _ = _rescaled(gram)
+    return (gram.diagonal().sum() ** 2 / gram.square().sum()).clamp(1, gram.shape[0])
+
+
+def within_class_cosine(gram: Tensor, labels: Tensor) -> Tensor:
+    """Mean of C_ij over the pairs with equal labels ``(n,)``, in [-1, 1]; NaN if there is none.
+
+    Fort et al. 2019, https://arxiv.org/abs/1901.09491. Raises ``ValueError`` for labels of another shape.
+
+    >>> within_class_cosine(torch.eye(3), torch.tensor([0, 0, 1]))
+    tensor(0.)
+    """
+    return _pairs(cosine_matrix(gram)).masked_fill(~_equal_labels(gram, labels), torch.nan).nanmean()
+
+
+def between_class_cosine(gram: Tensor, labels: Tensor) -> Tensor:
+    """Mean of C_ij over the pairs with different labels ``(n,)``, in [-1, 1]; NaN if there is none.
+
+    Fort et al. 2019, https://arxiv.org/abs/1901.09491. Raises ``ValueError`` for labels of another shape.
+
+    >>> between_class_cosine(torch.eye(3), torch.tensor([0, 0, 1]))
+    tensor(0.)
+    """
+    return _pairs(cosine_matrix(gram)).masked_fill(_equal_labels(gram, labels), torch.nan).nanmean()
+
+
+def cosine_matrix(gram: Tensor) -> Tensor:
+    """C_ij = K_ij / (sqrt(d_i) sqrt(d_j)), ``(n, n)`` in [-1, 1]; NaN in the rows and columns of zero gradients.
+
+    >>> cosine_matrix(torch.tensor([[4.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
+    tensor([[1.0000, 0.5000,    nan],
+            [0.5000, 1.0000,    nan],
+            [   nan,    nan,    nan]])
+    """
+    gram = _checked(gram)
+    norms = _norms(gram)
+    norms = norms.masked_fill(norms == 0, torch.nan)
+    # One norm at a time: the product of two squared norms leaves the range of float32 long before a norm does.
+    upper = (gram / norms[:, None] / norms).clamp(-1, 1).triu(1)
+    return upper + upper.T + torch.diag(norms / norms)
+
+
+def pairwise_cosines(gram: Tensor) -> Tensor:
+    """C_ij over the pairs i < j of non-zero gradients, 1-D and row by row; empty if the Gram is not finite.
+
+    >>> pairwise_cosines(torch.tensor([[4.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
+    tensor([0.5000])
+    """
+    cosines = _pairs(cosine_matrix(gram))
+    return cosines[~cosines.isnan()]
+
+
+# Each tuple in the order in which its statistics are listed and logged.
+_DEFAULT = (eta, min_cosine, p05_cosine, mean_cosine, negative_fraction, gradient_norm)
+_FURTHER = (
+    *(min_inner_product, median_cosine, gradient_diversity, coherence),
+    *(noise_scale, normalized_variance, gradient_disparity, effective_rank),
+)
+_BY_CLASS = (within_class_cosine, between_class_cosine)
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (*_DEFAULT, *_FURTHER, *_BY_CLASS)}
+
+
+def statistic_names(
+    names: Sequence[str] | Literal["default", "all"] = "default", *, with_labels: bool = False
+) -> tuple[str, ...]:
+    """The names that "default" or "all" stands for, or the given names, checked.
+
+    "all" has the statistics of classes only ``with_labels``. Raises ``ValueError`` for a name that is unknown or needs
+    labels that are not there.
+
+    >>> statistic_names()
+    ('eta', 'min_cosine', 'p05_cosine', 'mean_cosine', 'negative_fraction', 'gradient_norm')
+    """
+    by_class = tuple(f.__name__ for f in _BY_CLASS)
+    if names == "default":
+        return tuple(f.__name__ for f in _DEFAULT)
+    if names == "all":
+        return tuple(name for name in _FUNCTIONS if with_labels or name not in by_class)
+    chosen = (names,) if isinstance(names, str) else tuple(names)
+    if unknown := [name for name in chosen if name not in _FUNCTIONS]:
+        valid = ", ".join(_FUNCTIONS)
+        raise ValueError(f"There is no statistic {unknown}: choose from {valid}, or pass 'default' or 'all'.")
+    if not with_labels and (unlabelled := [name for name in chosen if name in by_class]):
+        raise ValueError(f"{unlabelled} compare classes, but there are no labels: pass labels of shape (n,).")
+    return chosen
+
+
+def gradient_statistics(
+    gram: Tensor,
+    names: Sequence[str] | Literal["default", "all"] = "default",
+    *,
+    labels: Tensor | None = None,
+    unit_size: int = 1,
+) -> dict[str, Tensor]:
+    """``{name: statistic(gram)}`` for a Gram ``(n, n)``, in the order of ``names``.
+
+    ``labels`` ``(n,)`` are the classes of the units, for the statistics of classes, and ``unit_size`` the samples in
+    each unit, for ``noise_scale``. Raises ``ValueError`` for a name that is unknown or needs labels that are not there.
+
+    >>> gradient_statistics(torch.eye(3), ["mean_cosine", "effective_rank"])
+    {'mean_cosine': tensor(0.), 'effective_rank': tensor(3.)}
+    """
+    statistics = {}
+    for name in statistic_names(names, with_labels=labels is not None):
+        function = _FUNCTIONS[name]
+        if function in _BY_CLASS:
+            statistics[name] = function(gram, labels)
+        else:
+            statistics[name] = function(gram, unit_size) if function is noise_scale else function(gram)
+    return statistics
+
+
+def _checked(gram: Tensor) -> Tensor:
+    """The Gram in float32 at least, all NaN if any entry is not finite."""
+    if not isinstance(gram, Tensor) or not gram.is_floating_point():
+        found = f"a tensor of {gram.dtype}" if isinstance(gram, Tensor) else f"a {type(gram).__name__}"
+        raise TypeError(f"A Gram is a floating-point tensor, but got {found}: pass torch.as_tensor(gram).float().")
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or len(gram) < 2:
+        raise ValueError(
+            f"A Gram has shape (n, n), n >= 2, for there must be a pair to compare, but got {tuple(gram.shape)}: "
+            "make one of gradients (n, P) by gradients @ gradients.T."
+        )
+    gram = gram.to(torch.promote_types(gram.dtype, torch.float32))
+    # masked_fill, here and below, as torch.where would copy the constant to the device and wait for that.
+    return gram.masked_fill(~gram.isfinite().all(), torch.nan)
+
+
+def _norms(gram: Tensor) -> Tensor:
+    """sqrt(d), where rounding may have left a zero gradient a negative d."""
+    return gram.diagonal().clamp(min=0).sqrt()
+
+
+def _rescaled(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """(K / max(d), max(d)), whose sums and squares stay within float32; (K, 1) if all gradients are zero."""
+    gram = _checked(gram)
+    largest = gram.diagonal().amax()
+    scale = largest.masked_fill(largest <= 0, 1.0)
+    return gram / scale, scale
+
+
+def _pairs(matrix: Tensor) -> Tensor:
+    """The entries i < j, row by row; a mask instead of indices would wait for the device."""
+    rows, columns = torch.triu_indices(len(matrix), len(matrix), offset=1, device=matrix.device)
+    return matrix[rows, columns]
+
+
+def _percentile(values: Tensor, percent: int) -> Tensor:
+    """Linearly interpolated percentile of what is not NaN; torch.quantile refuses more than 2^24 values."""
+    ordered = values.sort().values  # NaN last
+    position = (values.isnan().logical_not().sum() - 1).clamp(min=0) * percent
+    below, above = ordered.gather(0, torch.stack([position // 100, (position + 99) // 100]))
+    return torch.lerp(below, above, (position % 100).to(ordered.dtype) / 100)
+
+
+def _equal_labels(gram: Tensor, labels: Tensor) -> Tensor:
+    """Which pairs i < j have equal labels."""
+    labels = _checked_labels(gram, labels)
+    return _pairs(labels[:, None] == labels)
+
+
+def _checked_labels(gram: Tensor, labels: Tensor) -> Tensor:
+    """Labels ``(n,)`` on the Gram's device."""
+    labels = torch.as_tensor(labels, device=gram.device)
+    if labels.shape != gram.shape[:1]:
+        raise ValueError(
+            f"There is one label for each of the n = {len(gram)} units, but labels have shape {tuple(labels.shape)}: "
+            f"pass labels of shape ({len(gram)},)."
+        )
+    return labels

@@ -1,0 +1,51 @@
+"""Package metadata; the tools are configured in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+INIT = (ROOT / "lightning_gradconf" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE).group(1)
+
+PLOTS = ["matplotlib>=3.9"]  # 3.9: the first built for NumPy 2, which torch 2.6 may bring
+SKLEARN = ["scikit-learn>=1.4.2"]  # 1.4.2: the first built for NumPy 2
+CLI = ["jsonargparse[signatures]>=4.27.7"]  # what pytorch-lightning 2.4 asks for its LightningCLI
+TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100"]
+LINT = ["ruff>=0.9", "mypy>=1.14"]  # ruff 0.9: the 2025 formatting style
+TESTED_WITH = ["lightning>=2.4,!=2.6.2,!=2.6.3", "rich>=13", "transformers>=4.48"]
+
+setup(
+    name="lightning-gradconf",
+    version=VERSION,
+    description="Gradient confusion in PyTorch Lightning: a callback, a metric and the functions behind them",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The lightning_gradconf contributors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["deep learning", "pytorch", "lightning", "gradient confusion", "per-sample gradients", "tensorboard"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    packages=find_packages(include=["lightning_gradconf", "lightning_gradconf.*"]),
+    package_data={"lightning_gradconf": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",  # torch.compiler.set_stance
+        "pytorch-lightning>=2.4,!=2.6.2,!=2.6.3",  # 2.4: the first tested with torch 2.6; 2.6.2, 2.6.3: compromised
+        "torchmetrics>=1.0",  # Metric.plot
+        "tensorboard>=2.17",  # 2.16 fails with NumPy 2 (np.string_)
+    ],
+    extras_require={
+        "plots": PLOTS,
+        "examples": PLOTS + SKLEARN,
+        "cli": CLI,
+        "test": TEST + LINT + TESTED_WITH + PLOTS + SKLEARN + CLI,
+    },
+)

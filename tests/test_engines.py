@@ -1,0 +1,198 @@
+"""Every engine equals the plain loop of the zoo's oracle."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from zoo import NO_VMAP, ZOO, Model, cross_entropy, oracle
+
+from lightning_gradconf import gradient_gram
+from lightning_gradconf.engines import _say_once
+
+UNIT_SIZES = (1, 2, 3)
+
+
+def expected(name: str, unit_size: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    with monkeypatch.context() as patch:
+        dropout, attention = F.dropout, F.scaled_dot_product_attention
+        patch.setattr(F, "dropout", lambda x, *_, **__: dropout(x, 0.0))
+        patch.setattr(
+            F, "scaled_dot_product_attention", lambda q, k, v, m=None, p=0.0, *a, **kw: attention(q, k, v, m, 0.0, *a)
+        )
+        return oracle(*ZOO[name](), unit_size)
+
+
+@pytest.mark.parametrize("unit_size", UNIT_SIZES)
+@pytest.mark.parametrize("engine", ["loop", "vmap", "auto"])
+@pytest.mark.parametrize("name", ZOO)
+def test_engine_equals_the_plain_loop(name, engine, unit_size, monkeypatch):
+    module, loss_fn, batch = ZOO[name]()
+    if engine == "vmap" and name in NO_VMAP:
+        with pytest.raises(Exception):  # noqa: B017 - whatever torch.func raises
+            gradient_gram(module, loss_fn, batch, unit_size=unit_size, engine="vmap")
+        return
+    want = expected(name, unit_size, monkeypatch)
+    got = gradient_gram(module, loss_fn, batch, unit_size=unit_size, engine=engine)
+    assert got.keys() == want.keys()
+    scale = sum(want.values()).diagonal().max().clamp_min(1e-300)  # a contrastive loss of one sample is constant
+    for key, gram in got.items():
+        torch.testing.assert_close(gram / scale, want[key].expand_as(gram) / scale, rtol=0, atol=1e-12)
+
+
+# ---- the contract of gradient_gram beside its numbers ----------------------------------------------------------------
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+BATCH = (torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 6, 100])
+def test_chunks_change_nothing(chunk_size):
+    whole = gradient_gram(mlp(), cross_entropy, BATCH, engine="vmap")
+    chunked = gradient_gram(mlp(), cross_entropy, BATCH, engine="vmap", chunk_size=chunk_size)
+    torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize(
+    ("dtype", "gram_dtype", "tolerance"),
+    [
+        (torch.float64, torch.float64, 1e-12),
+        (torch.float32, torch.float32, 1e-5),
+        (torch.bfloat16, torch.float32, 0.05),
+    ],
+)
+def test_precision_of_the_gram(engine, dtype, gram_dtype, tolerance):
+    x, y = BATCH
+    module = mlp()
+    want = sum(gradient_gram(copy.deepcopy(module).double(), cross_entropy, (x.double(), y), engine="loop").values())
+    got = sum(gradient_gram(module.to(dtype), cross_entropy, (x.to(dtype), y), engine=engine).values())
+    assert got.dtype == gram_dtype
+    scale = float(want.diagonal().max())
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_module_is_left_as_it_was(engine):
+    module = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3))
+    module[0].weight.grad = torch.ones(5, 4)
+    fired = []
+    module[0].weight.register_hook(fired.append)
+    before = copy.deepcopy(module.state_dict())
+    rng = torch.get_rng_state()
+    gradient_gram(module, cross_entropy, BATCH, engine=engine, unit_size=2, dropout=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert torch.equal(module[0].weight.grad, torch.ones(5, 4)) and module[3].weight.grad is None
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert module.training and not fired
+
+
+def test_batch_is_not_written_to():
+    x = BATCH[0].clone()
+    gradient_gram(mlp(), lambda module, x: module(x.mul_(2)).sum(), x, engine="loop")
+    assert torch.equal(x, BATCH[0])
+
+
+@pytest.mark.parametrize(
+    ("patterns", "names"),
+    [
+        ("*", {"0.weight", "0.bias", "2.weight", "2.bias"}),
+        ("*.bias", {"0.bias", "2.bias"}),
+        (["0.*", "2.bias"], {"0.weight", "0.bias", "2.bias"}),
+    ],
+)
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_parameters_by_pattern(engine, patterns, names):
+    grams = gradient_gram(mlp(), cross_entropy, BATCH, engine=engine, parameters=patterns)
+    everything = gradient_gram(mlp(), cross_entropy, BATCH, engine="loop")
+    assert set(grams) == names
+    torch.testing.assert_close(grams, {name: everything[name] for name in grams}, rtol=1e-5, atol=1e-7)
+
+
+def test_a_pattern_that_matches_nothing_names_what_there_is():
+    with pytest.raises(ValueError, match=r"parameters='encoder\*' matches none of the 4 .*'0\.weight', '0\.bias'"):
+        gradient_gram(mlp(), cross_entropy, BATCH, parameters="encoder*")
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "words"),
+    [
+        (lambda module, batch: module(batch[0]), r"one floating-point number, found torch\.float32 \(1, 3\)"),
+        (lambda module, batch: module(batch[0]).argmax(), "found torch.int64"),
+        (lambda module, batch: module(batch[0]).sum().item(), "found float"),
+        (lambda module, batch: module(batch[0]).sum().detach(), "does not depend on any parameter"),
+    ],
+)
+@pytest.mark.parametrize("engine", ["loop", "auto"])
+def test_what_is_no_loss_is_refused(engine, loss_fn, words):
+    with pytest.raises(ValueError, match=words):
+        gradient_gram(mlp(), loss_fn, BATCH, engine=engine)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"unit_size": 4}, "6 samples does not divide into units of unit_size=4"),
+        ({"unit_size": 0}, "unit_size=0"),
+        ({"engine": "fast"}, "engine='fast'"),
+    ],
+)
+def test_bad_arguments_are_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        gradient_gram(mlp(), cross_entropy, BATCH, **options)
+
+
+def test_nothing_to_train_is_refused():
+    with pytest.raises(ValueError, match="no parameter of Sequential requires grad"):
+        gradient_gram(mlp().requires_grad_(False), cross_entropy, BATCH)
+    with pytest.raises(ValueError, match="'weight' is not initialised yet; run one batch"):
+        gradient_gram(nn.LazyLinear(3), cross_entropy, BATCH)
+
+
+def test_falling_back_says_why_once(caplog):
+    module, loss_fn, batch = ZOO["data_dependent_branch"]()
+    _say_once.cache_clear()
+    with caplog.at_level(logging.INFO, "lightning_gradconf"):
+        for _ in range(2):
+            gradient_gram(module, loss_fn, batch)
+    (record,) = caplog.records
+    assert "data-dependent control flow" in record.getMessage() and "engine='loop'" in record.getMessage()
+
+
+def test_an_error_of_the_users_is_raised_as_it_is_and_nothing_is_said(caplog):
+    def broken(module, batch):
+        raise KeyError("mine")
+
+    _say_once.cache_clear()
+    with caplog.at_level(logging.INFO, "lightning_gradconf"), pytest.raises(KeyError, match="mine"):
+        gradient_gram(mlp(), broken, BATCH)
+    assert not caplog.records
+
+
+def test_samples_of_a_detector():
+    """Images of different sizes in lists: no engine but the loop can take them, and auto does."""
+    model = Model(lambda self, images: torch.stack([self.layer(i.mean((1, 2))) for i in images]), layer=nn.Linear(3, 2))
+
+    def loss(module, batch):
+        images, targets = batch
+        return (module(images) - torch.stack([t["box"] for t in targets])).square().mean()
+
+    images = [torch.randn(3, 4 + i, 5) for i in range(4)]
+    targets = [{"box": torch.randn(2)} for _ in range(4)]
+    got = gradient_gram(model, loss, (images, targets))
+    rows = []
+    for image, target in zip(images, targets, strict=True):
+        grads = torch.autograd.grad(loss(model, ([image], [target])), list(model.parameters()))
+        rows.append(grads)
+    for name, column in zip(("layer.weight", "layer.bias"), zip(*rows, strict=True), strict=True):
+        flat = torch.stack([g.flatten() for g in column])
+        torch.testing.assert_close(got[name], flat @ flat.T, rtol=1e-5, atol=1e-7)
