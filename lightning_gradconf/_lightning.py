@@ -6,6 +6,7 @@ callbacks that inherit from its own `Callback`.
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -45,6 +46,10 @@ def lightning_modules(module: Any) -> list[Any]:
     return [part for part in module.modules() if isinstance(part, tuple(pl.LightningModule for pl in NAMESPACES))]
 
 
-def warn(message: str) -> None:
-    """Warn on the first process only."""
-    rank_zero_warn(f"GradientConfusionCallback: {message}", category=UserWarning)
+def warn(message: str, all_ranks: bool = False) -> None:
+    """Warn on the first process only, or on the one that it happened on."""
+    message = f"GradientConfusionCallback: {message}"
+    if all_ranks:
+        warnings.warn(message, UserWarning, stacklevel=2)
+    else:
+        rank_zero_warn(message, category=UserWarning)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_gradconf import plots, sampling
+from lightning_gradconf import distributed, plots, sampling
 from lightning_gradconf._lightning import Callback, MisconfigurationException, warn
+from lightning_gradconf.distributed import minimum, on_all_ranks, world_size
 from lightning_gradconf.engines import Engine, gram_of_units
 from lightning_gradconf.engines.objective import objective
-from lightning_gradconf.probe import no_trace, prepare_step, reason_not_to_measure, step_loss
+from lightning_gradconf.probe import digests, no_trace, prepare_step, reason_not_to_measure, step_loss
 from lightning_gradconf.statistics import gradient_statistics, min_cosine, pairwise_cosines, statistic_names
 from lightning_gradconf.units import copy_of
 
@@ -69,6 +70,8 @@ class GradientConfusionCallback(Callback):
         prefix: First part of every key.
         prog_bar: Show ``min_cosine`` in the progress bar.
         seed: Seed of fresh and fixed draws.
+        verify: Compare parameters, buffers, gradients, optimizer state and random states before and after the first
+            measurement of a run, and switch off with a warning if it changed any: to be run when in doubt.
 
     Attributes:
         last_gram: The Gram ``(n, n)`` of the last measurement, on the CPU; None before the first.
@@ -117,6 +120,7 @@ class GradientConfusionCallback(Callback):
         prefix: str = "gradient_confusion",
         prog_bar: bool = False,
         seed: int = 0,
+        verify: bool = False,
     ) -> None:
         super().__init__()
         if every_n_train_steps is not None and every_n_epochs is not None:
@@ -157,6 +161,7 @@ class GradientConfusionCallback(Callback):
         self.prefix = prefix
         self.prog_bar = prog_bar
         self.seed = seed
+        self.verify = verify
         self.last_gram: Tensor | None = None
         self.last_statistics: dict[str, float] = {}
         self.last_step: int | None = None
@@ -175,6 +180,7 @@ class GradientConfusionCallback(Callback):
         self._engine: str = self.engine
         self._recent: deque[Any] = deque()
         self._recent_size: int | None = None
+        self._unsplit: Exception | None = None
         self._fixed: list[Any] | None = None
         self._measured_at: int | None = None
         self._failures = 0
@@ -201,16 +207,10 @@ class GradientConfusionCallback(Callback):
         due = self._pending or (self.every_n_epochs is None and self._step_is_due(trainer))
         if due and self._measured_at == _step(trainer):  # while gradients accumulate, the step stays the same
             due = self._pending = False
-
-        def visit() -> None:
-            if self.source == "current" and (due or self._rolling):
-                self._collect(trainer, batch)
-                if self._rolling and self._n is None and len(self._recent) != self._recent.maxlen:
-                    return  # how many there will be is known when as many as possible were seen
-            if due:
-                self._measure(trainer, pl_module, batch, batch_idx)
-
-        self._guarded(visit)
+        if self.source == "current" and (due or self._rolling):
+            self._collect(trainer, pl_module, batch)
+        if due and self._full(pl_module):
+            self._guarded(lambda: self._measure(trainer, pl_module, batch, batch_idx))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -247,9 +247,13 @@ class GradientConfusionCallback(Callback):
         """Whether units are gathered over several batches."""
         return self.unit_size == "batch" or self.every_n_epochs is not None
 
-    def _collect(self, trainer: Trainer, batch: Any) -> None:
+    def _collect(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Keep copies of the units in a batch: training_step may write to the originals."""
-        found = sampling.units_of(batch, self.unit_size, None if self._rolling else self.num_units)
+        try:
+            found = sampling.units_of(batch, self.unit_size, None if self._rolling else self.num_units)
+        except Exception as error:  # of this rank alone, to be raised where all ranks hear of it
+            self._unsplit = error
+            return
         if self.unit_size == "batch":
             size = sampling.size_of(batch)
             self._recent_size = self._recent_size or size
@@ -261,44 +265,65 @@ class GradientConfusionCallback(Callback):
             self._recent = deque(self._recent, maxlen=int(min(self.num_units, per_epoch)))
         self._recent.extend(found)
 
+    def _full(self, pl_module: LightningModule) -> bool:
+        """Whether as many units were gathered as there can be, which decides how many all measurements have."""
+        if self.source != "current" or not self._rolling or self._n is not None:
+            return True
+        ready = self._unsplit is not None or len(self._recent) == self._recent.maxlen
+        return bool(minimum(ready, pl_module.device))
+
     def _measure(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        step = _step(trainer)
+        step, device = _step(trainer), pl_module.device
         self._pending = True  # until there is a measurement
         given: list[bool] = []
         loss = step_loss(trainer, pl_module, self.loss_fn, batch_idx, given)
         loader = self.source if isinstance(self.source, DataLoader) else trainer.train_dataloader
         drawn_from = [] if self.source == "current" else sampling.state_of(loader)
+        before = digests(trainer, pl_module) if self.verify and self._n is None else {}
+
+        def prepare() -> list[Any] | None:
+            proceed = prepare_step(pl_module, copy_of(batch), batch_idx)
+            return self._units(trainer, pl_module, step) if proceed else None
+
         with no_trace(trainer, pl_module, *drawn_from):
-            if not prepare_step(pl_module, copy_of(batch), batch_idx):
+            units = on_all_ranks(prepare, device)
+            n = minimum(-1 if units is None else len(units), device)
+            if units is None or n < 0:  # the module skips this batch
                 return
-            units = self._units(trainer, pl_module, step)
-            if enough := len(units) >= (self._n or 2):
+            if enough := n >= (self._n or (1 if world_size() > 1 else 2)):
                 unit_size = sampling.size_of(units[0])
                 target = objective(pl_module, loss, self.parameters)
-                grams, used = gram_of_units(target, units, unit_size, self._engine, self.chunk_size, self.dropout)
+                how = (target, units[-n:], unit_size, self._engine, self.chunk_size, self.dropout)
+                grams, used = gram_of_units(*how) if world_size() == 1 else distributed.gram_of_units(*how, device)
+        if before and not self._verified(before, digests(trainer, pl_module), device):
+            return
         if not enough:
-            return self._too_few(len(units))
-        if not any(given):  # training_step skips this batch
+            return self._too_few(n)
+        if minimum(not any(given), device):  # training_step skips this batch
             return
         if used == "loop":  # do not try again what failed
             self._engine = used
-        self._n = len(units)
+        self._n = n
         self._pending = False
         self._measured_at = step
         self._failures = 0
-        self._log(trainer, pl_module, grams, unit_size, step)
+        # An error in a logger is of one rank alone, so it must not count among those that all ranks share.
+        self._guarded(lambda: self._log(trainer, pl_module, grams, unit_size, step), counts=False)
 
     def _units(self, trainer: Trainer, pl_module: LightningModule, step: int) -> list[Any]:
-        """The units that there are to measure, as many as this run compares at most."""
-        wanted = self._n or self.num_units
+        """The units of this rank that there are to measure, as many as this run compares at most."""
+        wanted, rank = self._n or self.num_units, trainer.global_rank
+        if self._unsplit is not None:
+            error, self._unsplit = self._unsplit, None
+            raise error
         if self.source == "current":
             return list(self._recent)[-wanted:]
         if isinstance(self.source, DataLoader):
-            return sampling.read(trainer, pl_module, self.source, wanted, self.unit_size, (self.seed, step))
+            return sampling.read(trainer, pl_module, self.source, wanted, self.unit_size, (self.seed, step, rank))
         if self.source == "fresh":
-            return sampling.draw(trainer, pl_module, wanted, self.unit_size, (self.seed, step))
+            return sampling.draw(trainer, pl_module, wanted, self.unit_size, (self.seed, step, rank))
         if self._fixed is None:
-            self._fixed = sampling.draw(trainer, pl_module, wanted, self.unit_size, (self.seed,))
+            self._fixed = sampling.draw(trainer, pl_module, wanted, self.unit_size, (self.seed, rank))
         return self._fixed
 
     def _too_few(self, n: int) -> None:
@@ -352,12 +377,23 @@ class GradientConfusionCallback(Callback):
 
     # ---- when it goes wrong -----------------------------------------------------------------------------------------
 
-    def _guarded(self, action: Callable[[], None]) -> None:
+    def _verified(self, before: dict[str, bytes], after: dict[str, bytes], device: torch.device) -> bool:
+        """Whether the first measurement left no trace; the callback switches itself off if it did."""
+        changed = [name for name in before if before[name] != after.get(name)]
+        self._enabled = bool(minimum(not changed, device))
+        if not self._enabled:
+            self._warn_once(
+                f"the first measurement changed {', '.join(changed) or 'something on another rank'}; it measures "
+                "nothing more in this run, which is not the run without it. Pass a loss_fn that only computes the loss."
+            )
+        return self._enabled
+
+    def _guarded(self, action: Callable[[], None], counts: bool = True) -> None:
         """Run a part of a measurement; an error in it never reaches the training."""
         try:
             action()
         except Exception as error:
-            self._failures += 1
+            self._failures += counts
             self._pending = False
             if self._failures >= _MAX_FAILURES:
                 self._enabled = False
@@ -365,13 +401,14 @@ class GradientConfusionCallback(Callback):
             self._warn_once(
                 f"a measurement failed and training goes on as without it. {type(error).__name__}: {first}. After "
                 f"{_MAX_FAILURES} failures in a row it stops trying; to see the whole error, run gradient_gram on "
-                "this module and a batch."
+                "this module and a batch.",
+                all_ranks=True,
             )
 
-    def _warn_once(self, message: str, detail: str = "") -> None:
+    def _warn_once(self, message: str, detail: str = "", all_ranks: bool = False) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            warn(message + detail)
+            warn(message + detail, all_ranks)
 
 
 def _step(trainer: Trainer) -> int:

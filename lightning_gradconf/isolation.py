@@ -1,16 +1,24 @@
 """Everything a forward pass may leave behind in a module, remembered first and put back afterwards.
 
-Parameters and buffers are not handled here: engines run on copies of them. The rest is Python state: counters, lists
-of outputs, the states of metrics, tensors that are no buffers, random generators, ``training`` flags.
+Engines run on copies of the parameters and buffers, so their values are remembered only where something else can reach
+them. The rest is Python state: counters, lists of outputs, the states of metrics, tensors that are no buffers, random
+generators, ``training`` flags.
 """
 
 from __future__ import annotations
 
 import random
+import re
 import sys
+import sysconfig
+import warnings
+from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,50 +26,79 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size})
-_LIBRARIES = frozenset({"builtins", "torch", "lightning", "pytorch_lightning", "torchmetrics"})
 # The way to the Trainer, which holds the data, the loggers and this measurement itself.
 _NOT_FOLLOWED = frozenset({"_trainer", "_fabric"})
+# Longer lists hold the data themselves.
+_MOST_TRANSFORMS = 100
 
 
 @contextmanager
-def untouched(module: nn.Module, *others: Any) -> Iterator[None]:
+def untouched(module: nn.Module, *others: Any, data: Iterable[Any] = (), tensors: bool = False) -> Iterator[None]:
     """Put random states, ``module`` and ``others`` back when the context ends, however it ends.
 
     Args:
         module: Its Python state, also that of its submodules, its gradients and its ``requires_grad`` flags.
         others: More containers (dictionaries, lists) to put back, with everything in them.
+        data: What data are read from: only attributes and random generators are put back, since the rest is large.
+        tensors: Put the values of parameters, buffers and gradients back too, for code that does not run on copies.
 
     Raises:
         RuntimeError: The module holds an iterator, which cannot be turned back.
     """
     with ExitStack() as stack:  # last in, first out, and all of it whatever fails
-        _remember_random_state(stack)
+        for restore, state in random_states():
+            stack.callback(restore, state)
         for p in module.parameters():
-            stack.callback(_restore_parameter, p, p.grad, p.requires_grad)
+            stack.callback(_restore_leaf, p, p.grad, p.requires_grad)
         memory = _Memory(stack, module)
+        own = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+        if tensors:
+            for tensor in own.values():
+                memory.remember(tensor, "")
         memory.remember(module, type(module).__name__)
+        memory.seen |= own  # optimizers hold them all
         for other in others:
             memory.remember(other, "")
+        for part in data:
+            memory.remember_attributes(part)
         yield
 
 
-def _remember_random_state(stack: ExitStack) -> None:
-    stack.callback(random.setstate, random.getstate())
+@contextmanager
+def without_warnings(beginning: str = "") -> Iterator[None]:
+    """Ignore warnings that begin so, as if they had never come.
+
+    `warnings.catch_warnings` makes Python forget what it has shown already: the warnings of the training would be
+    shown once more after each measurement. An entry in the list of filters has no such effect.
+    """
+    filters: list[Any] = warnings.filters  # type: ignore[assignment]
+    saved = list(filters)
+    filters.insert(0, ("ignore", re.compile(beginning) if beginning else None, Warning, None, 0))
+    try:
+        yield
+    finally:
+        filters[:] = saved
+
+
+def random_states() -> list[tuple[Callable[[Any], Any], Any]]:
+    """Return the state of every global random generator, each with the function that sets it."""
+    states: list[tuple[Callable[[Any], Any], Any]] = [(random.setstate, random.getstate())]
     if (numpy := sys.modules.get("numpy")) is not None:
-        stack.callback(numpy.random.set_state, numpy.random.get_state())
-    stack.callback(torch.set_rng_state, torch.get_rng_state())
+        states.append((numpy.random.set_state, numpy.random.get_state()))
+    states.append((torch.set_rng_state, torch.get_rng_state()))
     for backend in (torch.cuda, getattr(torch, "xpu", None)):
         if backend is not None and backend.is_available() and backend.is_initialized():
-            stack.callback(backend.set_rng_state_all, backend.get_rng_state_all())
+            states.append((backend.set_rng_state_all, backend.get_rng_state_all()))
     if torch.backends.mps.is_available():
-        stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
+        states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    return states
 
 
-def _restore_parameter(p: nn.Parameter, grad: Tensor | None, requires_grad: bool) -> None:
-    if p.requires_grad != requires_grad:
-        p.requires_grad_(requires_grad)
-    if p.grad is not grad:
-        p.grad = grad
+def _restore_leaf(tensor: Tensor, grad: Tensor | None, requires_grad: bool) -> None:
+    if tensor.requires_grad != requires_grad:
+        tensor.requires_grad_(requires_grad)
+    if tensor.grad is not grad:
+        tensor.grad = grad
 
 
 class _Memory:
@@ -69,24 +106,30 @@ class _Memory:
 
     def __init__(self, stack: ExitStack, module: nn.Module) -> None:
         self.stack = stack
-        # Copied by the engines; kept here, so that no new object can take over an address seen before.
-        self.seen: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
-        # Objects of the user's own classes are followed: a meter, a state. Those of libraries are their own business.
-        self.home = {type(module).__module__.partition(".")[0]} - _LIBRARIES
+        # Kept, so that no new object can take over an address seen before.
+        self.seen: dict[int, Any] = {}
+        # Engines put copies in the place of the tensors registered here, but not of those in a list of the user's.
+        self.swapped = {id(part) for part in module.modules()}
+        self.home = type(module).__module__.partition(".")[0]
 
     def remember(self, value: Any, path: str) -> None:
         """Schedule the restoration of ``value`` and of what it holds."""
-        if type(value) in _ATOMS or id(value) in self.seen:
+        if type(value) in _ATOMS or id(value) in self.seen or isinstance(value, DataLoader):
             return
+        if isinstance(value, Dataset):
+            return self.remember_data(value)
         self.seen[id(value)] = value
-        if isinstance(value, nn.Parameter | Dataset | DataLoader):  # data are read, and large
-            return
         if isinstance(value, Tensor):
-            self.stack.callback(_restore_tensor, value, value.detach().clone())
+            self._remember_tensor(value, path)
         elif isinstance(value, nn.Module):
+            tensors = ("_parameters", "_buffers") if id(value) in self.swapped else ()
+            for name in tensors:
+                entries = vars(value)[name]
+                self.seen[id(entries)] = entries
+                self.stack.callback(restore_mapping, entries, list(entries.items()))
             self.remember(vars(value), path)
         elif isinstance(value, MutableMapping):
-            self.stack.callback(_restore_mapping, value, list(value.items()))
+            self.stack.callback(restore_mapping, value, list(value.items()))
             for key, entry in value.items():
                 if key not in _NOT_FOLLOWED:
                     self.remember(entry, f"{path}.{key}")
@@ -97,28 +140,84 @@ class _Memory:
             self.stack.callback(_restore_set, value, set(value))
         elif isinstance(value, tuple):
             self._remember_all(value, path)
-        elif isinstance(value, torch.Generator):
-            self.stack.callback(value.set_state, value.get_state())
-        elif isinstance(value, random.Random):
-            self.stack.callback(value.setstate, value.getstate())
         elif (numpy := sys.modules.get("numpy")) is not None and isinstance(value, numpy.ndarray):
-            self.stack.callback(_restore_array, value, value.copy())
-        elif numpy is not None and isinstance(value, numpy.random.Generator):
-            self.stack.callback(setattr, value.bit_generator, "state", value.bit_generator.state)
-        elif numpy is not None and isinstance(value, numpy.random.RandomState):
-            self.stack.callback(value.set_state, value.get_state())
+            if value.flags.writeable:  # or else, as a file mapped into memory, it may be large
+                self.stack.callback(_restore_array, value, value.copy())
+        elif _remember_generator(self.stack, value):
+            pass
         elif isinstance(value, Iterator):
             raise RuntimeError(
                 f"{path} is an iterator ({type(value).__name__}); a measurement would advance it and cannot turn it "
                 "back. Keep what it iterates over on the module instead, or pass a `loss_fn` to a module without it"
             )
-        elif hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] in self.home:
+        elif hasattr(value, "__dict__") and self._is_users(value):
             self.remember(vars(value), path)
+
+    def remember_data(self, value: Any) -> None:
+        """Schedule the restoration of what data are read from, without what is in them."""
+        if type(value) in _ATOMS or id(value) in self.seen or _remember_generator(self.stack, value):
+            return
+        self.seen[id(value)] = value
+        if isinstance(value, list | tuple):
+            for entry in value[:_MOST_TRANSFORMS]:
+                self.remember_data(entry)
+        elif hasattr(value, "__dict__") and (isinstance(value, Dataset) or self._is_users(value)):
+            self.remember_attributes(value)
+
+    def remember_attributes(self, value: Any) -> None:
+        """Schedule the restoration of the attributes of what data are read from."""
+        self.seen[id(value)] = value
+        self.stack.callback(restore_mapping, vars(value), list(vars(value).items()))
+        for name, entry in vars(value).items():
+            if name not in _NOT_FOLLOWED:
+                self.remember_data(entry)
+
+    def _is_users(self, value: Any) -> bool:
+        """Objects of the user's own classes are followed: a meter, a state. Those of libraries are their business."""
+        if isinstance(value, SimpleNamespace | Namespace):
+            return True
+        module = type(value).__module__
+        return module.partition(".")[0] == self.home or not _is_installed(module)
+
+    def _remember_tensor(self, tensor: Tensor, path: str) -> None:
+        self.stack.callback(_restore_tensor, tensor, tensor.detach().clone())
+        if tensor.is_leaf:
+            self.stack.callback(_restore_leaf, tensor, tensor.grad, tensor.requires_grad)
+            self.remember(tensor.grad, path)
 
     def _remember_all(self, values: Any, path: str) -> None:
         for i, entry in enumerate(values):
             if type(entry) not in _ATOMS:
                 self.remember(entry, f"{path}[{i}]")
+
+
+def _remember_generator(stack: ExitStack, value: Any) -> bool:
+    """Schedule the restoration of a random generator; False if ``value`` is none."""
+    numpy = sys.modules.get("numpy")
+    if isinstance(value, torch.Generator):
+        stack.callback(value.set_state, value.get_state())
+    elif isinstance(value, random.Random):
+        stack.callback(value.setstate, value.getstate())
+    elif numpy is not None and isinstance(value, numpy.random.Generator):
+        stack.callback(setattr, value.bit_generator, "state", value.bit_generator.state)
+    elif numpy is not None and isinstance(value, numpy.random.RandomState):
+        stack.callback(value.set_state, value.get_state())
+    else:
+        return False
+    return True
+
+
+@lru_cache(maxsize=1024)
+def _is_installed(module: str) -> bool:
+    """Whether a module came with Python or from a package index; a script, a notebook or a checkout did not."""
+    if module == "__main__":
+        return False
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None or module.partition(".")[0] == __name__.partition(".")[0]:
+        return True
+    return file.startswith(sysconfig.get_path("stdlib")) or bool(
+        {"site-packages", "dist-packages"} & {*Path(file).parts}
+    )
 
 
 def _restore_tensor(tensor: Tensor, saved: Tensor) -> None:
@@ -132,10 +231,14 @@ def _restore_array(array: Any, saved: Any) -> None:
     array[...] = saved
 
 
-def _restore_mapping(mapping: MutableMapping[Any, Any], saved: list[tuple[Any, Any]]) -> None:
-    if not _same(mapping.items(), saved, lambda a, b: a[0] is b[0] and a[1] is b[1]):
+def restore_mapping(mapping: MutableMapping[Any, Any], saved: list[tuple[Any, Any]]) -> None:
+    """Put the keys and values of ``mapping`` back, in their order."""
+    if _same(mapping.items(), saved, lambda a, b: a[0] is b[0] and a[1] is b[1]):
+        return
+    if not _same(mapping, saved, lambda key, entry: key is entry[0]):
         mapping.clear()
-        mapping.update(saved)
+    for key, value in saved:  # a Counter understands `update` differently
+        mapping[key] = value
 
 
 def _restore_sequence(sequence: Any, saved: list[Any]) -> None:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from hashlib import sha256
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lightning_gradconf._lightning import lightning_modules, namespace
-from lightning_gradconf.isolation import untouched
+from lightning_gradconf.isolation import random_states, restore_mapping, untouched, without_warnings
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
     StepLoss: TypeAlias = Callable[[LightningModule, Any], Tensor | None]
+
+
+# Hooks of the module that a measurement calls, on the module itself and not on copies of its tensors.
+_HOOKS = ("on_train_batch_start", "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 @contextmanager
@@ -35,16 +40,21 @@ def no_trace(trainer: Trainer, module: LightningModule, *others: Any) -> Iterato
     with ExitStack() as stack:
         groups = [optimizer.param_groups for optimizer in trainer.optimizers]
         schedulers = [vars(config.scheduler) for config in trainer.lr_scheduler_configs]
-        stack.enter_context(untouched(module, *groups, *schedulers, *others))
-        stack.callback(setattr, trainer, "should_stop", trainer.should_stop)
-        stack.callback(setattr, trainer, "loggers", trainer.loggers)
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        data = [] if datamodule is None else [datamodule]
+        hooks = any(_is_overridden(module, name) for name in _HOOKS)
+        stack.enter_context(untouched(module, *groups, *schedulers, *others, data=data, tensors=hooks))
+        # Among its attributes are should_stop and the loggers, and what the user's code keeps there.
+        stack.callback(restore_mapping, vars(trainer), list(vars(trainer).items()))
         dummy = import_module(f"{namespace(trainer).__name__}.loggers.logger").DummyLogger
         trainer.loggers = [dummy() for _ in trainer.loggers]
         for part in lightning_modules(module):
-            vars(part)["log"] = vars(part)["log_dict"] = _ignore  # `untouched` removes them again
+            # `untouched` removes them again
+            vars(part)["log"] = vars(part)["log_dict"] = vars(part)["print"] = _ignore
         # What the user's code says about single samples is no news, and must not use up what is said only once.
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
+        stack.enter_context(without_warnings())
+        stack.callback(torch.set_warn_always, torch.is_warn_always_enabled())
+        torch.set_warn_always(True)
         stack.enter_context(torch.enable_grad())
         # Units have other shapes than batches: compiling for them would use up the recompilations of training.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -86,10 +96,33 @@ def step_loss(
 
 def prepare_step(module: LightningModule, batch: Any, batch_idx: int) -> bool:
     """Run the module's own ``on_train_batch_start``, where it has one; False if it skips the batch."""
-    hook = module.on_train_batch_start
-    if getattr(hook, "__module__", "").startswith(("lightning.", "pytorch_lightning.")):
+    if not _is_overridden(module, "on_train_batch_start"):
         return True
-    return hook(batch, batch_idx) != -1
+    return module.on_train_batch_start(batch, batch_idx) != -1
+
+
+def digests(trainer: Trainer, module: LightningModule) -> dict[str, bytes]:
+    """Return a digest of each kind of state that decides how the training goes on."""
+    state: dict[str, Any] = {
+        "parameters": [p.detach() for p in module.parameters()],
+        "buffers": list(module.buffers()),
+        "gradients": [p.grad for p in module.parameters()],
+        "optimizer state": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "random states": random_states(),
+    }
+    return {name: _digest(value) for name, value in state.items()}
+
+
+def _digest(value: Any) -> bytes:
+    digest = sha256()
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            dense = leaf.detach().to_dense() if leaf.is_sparse else leaf.detach()
+            bits = dense.cpu().contiguous().view(-1).view(torch.uint8) if dense.numel() else torch.empty(0)
+            digest.update(bits.numpy().tobytes())
+        else:
+            digest.update(leaf.tobytes() if hasattr(leaf, "tobytes") else repr(leaf).encode())
+    return digest.digest()
 
 
 def reason_not_to_measure(trainer: Trainer, module: LightningModule, loss_fn: StepLoss | None) -> str | None:
@@ -97,8 +130,11 @@ def reason_not_to_measure(trainer: Trainer, module: LightningModule, loss_fn: St
     if trainer.barebones:
         return "Trainer(barebones=True) switches logging off; measure in a run without it"
     strategies = {base.__name__ for base in type(trainer.strategy).__mro__}
-    if "SingleDeviceStrategy" not in strategies or "SingleDeviceXLAStrategy" in strategies:
-        return f"{type(trainer.strategy).__name__} is not supported yet; measure in a run on one device (devices=1)"
+    if not strategies & {"SingleDeviceStrategy", "DDPStrategy"} or "SingleDeviceXLAStrategy" in strategies:
+        return (
+            f"{type(trainer.strategy).__name__} is not supported yet; measure in a run with strategy='ddp' or on one "
+            "device (devices=1)"
+        )
     if loss_fn is None:
         signature = import_module(f"{namespace(trainer).__name__}.utilities.signature_utils")
         if not module.automatic_optimization:
@@ -111,5 +147,10 @@ def reason_not_to_measure(trainer: Trainer, module: LightningModule, loss_fn: St
     return None
 
 
+def _is_overridden(module: LightningModule, hook: str) -> bool:
+    origin = getattr(getattr(module, hook), "__module__", "")
+    return not origin.startswith(("lightning.", "pytorch_lightning."))
+
+
 def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Stands in for ``log`` and ``log_dict``."""
+    """Stands in for ``log``, ``log_dict`` and ``print``."""

@@ -92,9 +92,10 @@ def read(
 
 
 def state_of(loader: Any) -> list[Any]:
-    """Return what iterating over a loader's indices changes: its generator, and what its samplers hold."""
+    """Return what drawing from a loader's dataset changes: random generators, and what the parts of it hold."""
     samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
-    return [getattr(loader, "generator", None), *(vars(part) for part in samplers if hasattr(part, "__dict__"))]
+    parts = [getattr(loader, name, None) for name in ("generator", "dataset", "collate_fn")]
+    return [*parts, *(vars(part) for part in samplers if hasattr(part, "__dict__"))]
 
 
 def training_loaders(trainer: Trainer) -> Iterator[Any]:

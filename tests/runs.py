@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -53,6 +56,17 @@ class Watch(pl.Callback):
         flags = [part.training for part in module.modules()]
         self.seen.append(frozen([batch, list(module.parameters()), flags, torch.get_rng_state()]))
         self.seen.append(frozen([p.grad for p in module.parameters()]))
+
+
+class Meter:
+    """A running mean, as people keep it in a file beside the module's."""
+
+    def __init__(self) -> None:
+        self.total, self.history = 0.0, []
+
+    def update(self, value: float) -> None:
+        self.total += value
+        self.history.append(value)
 
 
 class Data(Dataset):
@@ -112,37 +126,55 @@ class Scenario:
     confusion: dict[str, Any] = field(default_factory=dict)
     fit: Callable[..., None] = lambda trainer, module, data: trainer.fit(module, data)
     sources: tuple[str, ...] = ("current", "fresh", "fixed")
+    loggers: Callable[[], list[Any]] = list
+    plugins: Callable[[], list[Any]] = list
     raises: type[BaseException] | None = None
 
 
 def run(scenario: Scenario, tmp: Path, confusion: Iterable[Any] = ()) -> dict[str, Any]:
     """Train once and return the fingerprint of the run."""
     tmp.mkdir(parents=True)
-    before = os.getcwd()
+    before, handler = os.getcwd(), signal.getsignal(signal.SIGINT)
     os.chdir(tmp)
+    forget_compiled()
     try:
         pl.seed_everything(7, verbose=False)
         module, watch, rows = scenario.module(), Watch(), Rows()
-        options = {"max_epochs": 2, "log_every_n_steps": 2, "logger": rows, "enable_checkpointing": False}
-        trainer = pl.Trainer(
-            callbacks=[*confusion, *scenario.callbacks(), watch], **(QUIET | options | scenario.trainer)
-        )
+        data = scenario.data()
+        options = {
+            "max_epochs": 2,
+            "log_every_n_steps": 2,
+            "logger": [rows, *scenario.loggers()],
+            "enable_checkpointing": False,
+            "callbacks": [*scenario.callbacks(), *confusion, watch],
+            "plugins": scenario.plugins() or None,
+        }
+        trainer = pl.Trainer(**(QUIET | options | scenario.trainer))
         with warnings.catch_warnings():
             # Lightning's own advice on these toy runs; ours is collected by the tests that expect it.
             warnings.filterwarnings("ignore", category=pl.utilities.warnings.PossibleUserWarning)
-            toys = "num_workers|bottleneck|lr scheduler|training_step` returned `None|No (positive|negative) samples"
+            toys = "num_workers|bottleneck|lr scheduler|returned `None|No (positive|negative) samples"
+            toys += "|signature is experimental|without a model|no last checkpoint"
             warnings.filterwarnings("ignore", f".*({toys})")
             try:
-                scenario.fit(trainer, module, scenario.data())
+                scenario.fit(trainer, module, data)
             except BaseException as error:
                 if scenario.raises is None or not isinstance(error, scenario.raises):
                     raise
-        return fingerprint(trainer, module, watch, rows, tmp)
+        return fingerprint(trainer, module, data, watch, rows, tmp)
     finally:
         os.chdir(before)
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores it after an interrupt
 
 
-def fingerprint(trainer: Any, module: Any, watch: Watch, rows: Rows, tmp: Path) -> dict[str, Any]:
+def forget_compiled() -> None:
+    """Let every run compile for itself."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+
+
+def fingerprint(trainer: Any, module: Any, data: Any, watch: Watch, rows: Rows, tmp: Path) -> dict[str, Any]:
     """Everything that a run leaves, as plain values that compare exactly."""
     result = {
         "python rng": random.getstate(),
@@ -154,11 +186,14 @@ def fingerprint(trainer: Any, module: Any, watch: Watch, rows: Rows, tmp: Path) 
         "optimizers": frozen([optimizer.state_dict() for optimizer in trainer.optimizers]),
         "schedulers": frozen([config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]),
         "attributes": frozen({name: attributes(part) for name, part in module.named_modules()}),
+        "data": frozen({**attributes(getattr(data, "dataset", data)), "collate": getattr(data, "collate_fn", None)}),
         "steps seen": watch.seen,
         "logged": frozen(rows.of(ours=False)),
         "callback_metrics": frozen({k: v for k, v in trainer.callback_metrics.items() if not k.startswith(PREFIX)}),
         "progress": (trainer.global_step, trainer.current_epoch, trainer.should_stop),
     }
+    compiled = "torch._dynamo" in sys.modules  # a measurement imports it
+    result["compiled graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"] if compiled else 0
     if (scaler := getattr(trainer.precision_plugin, "scaler", None)) is not None:
         result["scaler"] = frozen(scaler.state_dict())
     if not trainer.barebones:
@@ -169,9 +204,9 @@ def fingerprint(trainer: Any, module: Any, watch: Watch, rows: Rows, tmp: Path) 
     return result
 
 
-def attributes(part: nn.Module) -> dict[str, Any]:
+def attributes(part: Any) -> dict[str, Any]:
     hidden = {"_parameters", "_buffers", "_modules", "_trainer", "_fabric", "log", "log_dict"}
-    values = {name: value for name, value in vars(part).items() if name not in hidden}
+    values = {name: value for name, value in getattr(part, "__dict__", {}).items() if name not in hidden}
     # Hooks are numbered through the process, and compiled modules keep addresses.
     values = {name: len(value) if name.endswith("_hooks") else value for name, value in values.items()}
     return {name: value for name, value in values.items() if not (isinstance(value, int) and value > 2**40)}
@@ -198,7 +233,7 @@ def frozen(value: Any, hide: str = "") -> Any:
         return [(frozen(key, hide), frozen(entry, hide)) for key, entry in value.items()]
     if isinstance(value, set):
         return "set", sorted(map(repr, value))
-    if isinstance(value, Iterable) and not isinstance(value, bytes | nn.Module):
+    if isinstance(value, Iterable) and not isinstance(value, bytes | nn.Module | Dataset | DataLoader):
         return type(value).__name__, [frozen(entry, hide) for entry in value]
     if isinstance(value, torch.Generator):
         return "generator", frozen(value.get_state())
@@ -208,8 +243,8 @@ def frozen(value: Any, hide: str = "") -> Any:
         return "generator", value.getstate()
     if isinstance(value, nn.Module):
         return frozen({**value.state_dict(), **attributes(value)}, hide)
-    if type(value).__module__ in ("runs", "test_no_trace") and hasattr(value, "__dict__"):
-        return frozen(vars(value), hide)
+    if isinstance(value, SimpleNamespace) or type(value).__module__ in ("runs", "test_no_trace"):
+        return frozen(attributes(value), hide)
     if value is None or isinstance(value, bool | int | bytes):
         return value
     return type(value).__name__  # functions, configurations: their identity is not part of the run

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSa
 
 from lightning_gradconf import GradientConfusionCallback, gradient_gram, gradient_statistics
 from lightning_gradconf.engines import _say_once
+from lightning_gradconf.probe import digests
 
 DEFAULT = ["eta", "min_cosine", "p05_cosine", "mean_cosine", "negative_fraction", "gradient_norm"]
 pytestmark = pytest.mark.filterwarnings("ignore::pytorch_lightning.utilities.warnings.PossibleUserWarning")
@@ -225,6 +226,15 @@ def test_skipped_batches_postpone():
         warnings.filterwarnings("ignore", ".*returned `None`")
         _, _, rows = fit(GradientConfusionCallback(every_n_train_steps=100), Skips(), max_epochs=1)
     assert steps(rows) == [2]
+
+
+def test_a_batch_that_the_module_skips_postpones():
+    class SkipsTheFirstEpoch(Plain):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if self.current_epoch == 0 else None
+
+    _, _, rows = fit(GradientConfusionCallback(every_n_train_steps=100), SkipsTheFirstEpoch())
+    assert steps(rows) == [0]  # the first step that is taken
 
 
 def test_units_without_a_loss_have_no_gradient():
@@ -581,3 +591,51 @@ def test_falling_back_is_said_once_with_the_reason(caplog):
         fit(GradientConfusionCallback(every_n_train_steps=1), Branches())
     messages = [record.getMessage() for record in caplog.records if record.name == "lightning_gradconf"]
     assert len(messages) == 1 and "Branches" in messages[0] and "engine='loop'" in messages[0]
+
+
+# ---- verify ----------------------------------------------------------------------------------------------------------
+
+
+class Leaks(Plain):
+    """Writes where no isolation can follow: into the weights, through a reference that nobody knows of."""
+
+    def __init__(self):
+        super().__init__()
+        weight = self.net[0].weight
+        self.leak = lambda: weight.data.add_(1e-3)
+
+    def training_step(self, batch, batch_idx):
+        self.leak()
+        return self.loss(batch)
+
+
+def test_verify_switches_off_what_leaves_a_trace():
+    confusion = GradientConfusionCallback(verify=True, engine="loop", every_n_train_steps=1)
+    refused("the first measurement changed parameters; it measures nothing more", confusion, Leaks())
+
+
+def test_verify_says_nothing_of_what_leaves_none():
+    confusion = GradientConfusionCallback(verify=True, every_n_train_steps=3, source="fresh")
+    _, _, rows = fit(confusion, Module())
+    assert steps(rows) == [0, 2, 5, 8, 11]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("parameters", lambda trainer, module: module.net[0].weight.data.mul_(2)),
+        ("buffers", lambda trainer, module: module.net[1].running_mean.add_(1)),
+        ("gradients", lambda trainer, module: module.net[0].weight.grad.add_(1)),
+        ("optimizer state", lambda trainer, module: trainer.optimizers[0].param_groups[0].update(lr=7.0)),
+        ("random states", lambda trainer, module: torch.rand(1)),
+    ],
+)
+def test_digests_see_each_kind_of_change(kind, change):
+    module = Module()
+    trainer, _, _ = fit([], module, max_steps=1)
+    module.net[0].weight.grad = torch.ones_like(module.net[0].weight)
+    before = digests(trainer, module)
+    assert digests(trainer, module) == before
+    change(trainer, module)
+    after = digests(trainer, module)
+    assert [name for name in before if before[name] != after[name]] == [kind]

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import random
-from collections import deque
+import warnings
+from collections import Counter, deque
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import (
+    BaseFinetuning,
     EarlyStopping,
     EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateMonitor,
     ModelCheckpoint,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
 )
+from pytorch_lightning.plugins import MixedPrecision
+from pytorch_lightning.tuner import Tuner
 from pytorch_lightning.utilities import CombinedLoader
-from runs import CLASSES, FEATURES, Data, Module, Scenario, loader, run
+from runs import BATCH, CLASSES, FEATURES, PREFIX, Data, Meter, Module, Scenario, frozen, loader, run
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import BatchSampler, IterableDataset, RandomSampler, Subset
-from torchmetrics import AUROC, Accuracy, MetricCollection
+from torchmetrics import AUROC, Accuracy, MeanMetric, MetricCollection
 
 from lightning_gradconf import GradientConfusionCallback
+from lightning_gradconf.statistics import pairwise_cosines
 
 # ---- modules, each with something that a measurement could disturb ---------------------------------------------------
 
@@ -50,17 +60,12 @@ class WithMetrics(Module):
         return {"loss": F.cross_entropy(logits, y), "logits": logits.detach()}
 
 
-class Meter:
-    def __init__(self) -> None:
-        self.total, self.history = 0.0, []
-
-
 class Stateful(Module):
     def __init__(self) -> None:
         super().__init__()
         self.count, self.outputs, self.table, self.recent, self.labels = 0, [], {"nested": [0]}, deque(maxlen=3), set()
         self.array, self.running, self.totals = np.zeros(3), torch.zeros(3), {"n": torch.zeros(1)}
-        self.meter = Meter()
+        self.meter, self.space, self.counter = Meter(), SimpleNamespace(n=0, seen=[]), Counter(a=1)
         self.generators = [torch.Generator().manual_seed(3), np.random.default_rng(3), random.Random(3)]
         self.teacher = nn.Parameter(torch.ones(FEATURES), requires_grad=False)
         self.unregistered = [nn.BatchNorm1d(FEATURES)]
@@ -79,8 +84,10 @@ class Stateful(Module):
         self.array += 1
         self.running += x.mean().detach()
         self.totals["n"] += len(x)
-        self.meter.total += len(x)
-        self.meter.history.append(len(x))
+        self.meter.update(len(x))
+        self.space.n += 1
+        self.space.seen.append(len(x))
+        self.counter["a"] += 1
         noise = torch.rand((), generator=self.generators[0]) + self.generators[1].random() + self.generators[2].random()
         with torch.no_grad():
             self.teacher.mul_(0.9).add_(0.1 * x.mean(0))
@@ -97,6 +104,43 @@ class LogsDirectly(Module):
         if self.global_step == 7:
             self.trainer.should_stop = True
         return loss
+
+
+class Teacher(Module):
+    """A moving average of the weights, reached in ways that no copy can be put in the place of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = [copy.deepcopy(self.net)]  # in a list, so that optimizers and checkpoints do not see it
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+        self.pairs = [list(part.parameters()) for part in (self.teacher, self.net)]
+        self.offset = torch.zeros((), requires_grad=True)
+        self.offset.grad = torch.zeros(())
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            for teacher, student in zip(*self.pairs, strict=True):
+                teacher.lerp_(student, 0.1)
+            for teacher, student in zip(self.hidden[0].parameters(), self.net.parameters(), strict=True):
+                teacher.lerp_(student, 0.1)
+        x, y = batch
+        self.offset.grad += 1
+        return F.cross_entropy(self.net(x) + 0.1 * self.teacher(x) + 0.1 * self.hidden[0](x) + self.offset, y)
+
+
+class ReadsTheTrainer(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes = []
+
+    def training_step(self, batch, batch_idx):
+        trainer = self.trainer
+        trainer.noted = getattr(trainer, "noted", 0) + 1
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(PREFIX)}
+        rate = self.optimizers().param_groups[0]["lr"]
+        self.notes.append((trainer.global_step, trainer.is_last_batch, trainer.current_epoch, rate, metrics))
+        self.notes.append(trainer.noted)
+        return super().training_step(batch, batch_idx) * (1 + 0.01 * trainer.noted)
 
 
 class SkipsOddBatches(Module):
@@ -152,6 +196,27 @@ class PreparesTheStep(Module):
         return self.loss(batch) * alpha
 
 
+class WritesBeforeTheStep(Module):
+    """Its hooks write to the module itself, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(FEATURES))
+        self.register_buffer("steps", torch.zeros(()))
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        self.mean.lerp_(batch[0].mean(0), 0.1)
+        return [batch[0] - self.mean, batch[1]]
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.steps += 1
+        self.net[0].weight.data.clamp_(-0.3, 0.3)
+        self.net[0].bias.requires_grad_(batch_idx % 2 == 0)
+        for p in self.parameters():
+            if p.grad is not None:
+                p.grad *= 0.5
+
+
 class WritesToTheBatch(Module):
     def training_step(self, batch, batch_idx):
         batch[0].mul_(0.5)
@@ -181,6 +246,14 @@ class Recurrent(Module):
     def loss(self, batch):
         x, y = batch
         return F.cross_entropy(self.net["head"](self.net["rnn"](x.unflatten(1, (3, 2)))[0][:, -1]), y)
+
+
+class LegacyNormalised(Module):
+    def make_net(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            net = nn.Sequential(nn.utils.weight_norm(nn.Linear(FEATURES, 8)), nn.Tanh(), nn.Linear(8, CLASSES))
+        return net
 
 
 class TiedAndNormalised(Module):
@@ -215,6 +288,96 @@ class Compiled(Module):
         return torch.compile(super().make_net(), backend="aot_eager")
 
 
+class CompiledFunction(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = torch.compile(self.loss, backend="aot_eager")
+
+
+class Quiet(Module):
+    """Logs nothing: this Lightning cannot compile `log`."""
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+
+class Tuned(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lr, self.batch_size = 0.1, BATCH
+
+    def train_dataloader(self):
+        return loader(batch_size=self.batch_size)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), self.lr)
+
+
+class Breaks(Module):
+    def on_after_backward(self):
+        if self.global_step == 8:
+            raise ArithmeticError("of the user")
+
+
+class Thawed(Module):
+    def configure_optimizers(self):
+        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=1e-2)
+
+
+class Thaw(BaseFinetuning):
+    def freeze_before_training(self, module):
+        self.freeze(module.net[0])
+
+    def finetune_function(self, module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(module.net[0], optimizer)
+
+
+class RandomData(Data):
+    """Data with random generators and counters of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws, self.rng = 0, np.random.default_rng(2)
+        self.transforms = [Jitter()]
+
+    def __getitem__(self, i):
+        self.draws += 1
+        x, y = super().__getitem__(i)
+        return self.transforms[0](x + self.rng.random(dtype=np.float32)), y
+
+
+class Jitter:
+    def __init__(self) -> None:
+        self.generator, self.calls = torch.Generator().manual_seed(4), 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return x + torch.rand((), generator=self.generator)
+
+
+class Collate:
+    def __init__(self) -> None:
+        self.rng, self.calls = random.Random(6), 0
+
+    def __call__(self, samples):
+        self.calls += 1
+        return torch.stack([x for x, _ in samples]) + self.rng.random(), torch.stack([y for _, y in samples])
+
+
+class Transforms(pl.LightningDataModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.rng = 0, np.random.default_rng(8)
+
+    def train_dataloader(self):
+        return loader()
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        self.calls += 1
+        return [batch[0] + float(self.rng.random()), batch[1]]
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         data = Data(augment=True)
@@ -229,9 +392,14 @@ class Gan(Module):
         self.automatic_optimization = False
         self.critic = nn.Linear(FEATURES, 1)
         self.net = nn.Linear(2, FEATURES)
+        self.seen = MeanMetric()
 
     def generator_loss(self, batch):
         return -self.critic(self.net(torch.randn(len(batch[0]), 2))).mean()
+
+    def critic_loss(self, batch):
+        fake = self.net(torch.randn(len(batch[0]), 2)).detach()
+        return self.critic(fake).mean() - self.critic(batch[0]).mean()
 
     def training_step(self, batch, batch_idx):
         first, second = self.optimizers()
@@ -243,7 +411,9 @@ class Gan(Module):
         first.step()
         first.zero_grad()
         self.untoggle_optimizer(first)
-        loss = self.critic(self.net(torch.randn(len(batch[0]), 2)).detach()).mean() - self.critic(batch[0]).mean()
+        loss = self.critic_loss(batch)
+        self.seen(loss.detach())
+        self.log("seen", self.seen, on_step=True, on_epoch=True)
         self.log("critic", loss, on_epoch=True)
         self.manual_backward(loss)
         second.step()
@@ -277,6 +447,24 @@ def resumed(trainer, module, data):
     trainer.fit(module, data, ckpt_path="middle.ckpt", weights_only=False)
 
 
+def whole_module_compiled(trainer, module, data):
+    trainer.fit(torch.compile(module, backend="aot_eager"), data)
+
+
+def learning_rate_found(trainer, module, data):
+    Tuner(trainer).lr_find(module, data, num_training=5, update_attr=True)
+    trainer.fit(module, data)
+
+
+def batch_size_found(trainer, module, data):
+    Tuner(trainer).scale_batch_size(module, init_val=2, max_trials=2, steps_per_trial=2)
+    trainer.fit(module)
+
+
+def loaders_of_the_module(trainer, module, data):
+    trainer.fit(module)
+
+
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(5)
 
@@ -297,6 +485,8 @@ SCENARIOS: dict[str, Scenario] = {
     "logs directly and stops itself": Scenario(LogsDirectly),
     "None on odd batches": Scenario(SkipsOddBatches),
     "training_step of one argument": Scenario(OneArgument),
+    "moving averages of the weights": Scenario(Teacher),
+    "reads the Trainer, writes to it": Scenario(ReadsTheTrainer),
     "LBFGS": Scenario(LBFGS),
     "plateau scheduler on a step metric": Scenario(Plateau),
     "accumulation, clipping, uneven window": Scenario(
@@ -307,27 +497,45 @@ SCENARIOS: dict[str, Scenario] = {
         callbacks=lambda: [StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)], trainer={"max_epochs": 3}
     ),
     "EMA of weights": Scenario(callbacks=lambda: [EMAWeightAveraging(decay=0.9)]),
+    "layers unfrozen on the way": Scenario(Thawed, callbacks=lambda: [Thaw()]),
+    "precision 16-mixed with a scaler": Scenario(
+        plugins=lambda: [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**20))]
+    ),
     **{f"precision {p}": Scenario(trainer={"precision": p}) for p in ("bf16-mixed", "bf16-true", "64-true")},
     "combined loaders, max_size": Scenario(TwoLoaders, combined("max_size"), sources=CURRENT),
     "combined loaders, max_size_cycle": Scenario(TwoLoaders, combined("max_size_cycle"), sources=CURRENT),
     "iterable dataset": Scenario(data=lambda: loader(dataset=Stream(), shuffle=False), sources=CURRENT),
     "loader with its own generator": Scenario(data=lambda: loader(generator=generator())),
     "batch sampler": Scenario(data=batch_sampler),
+    "data with random generators of their own": Scenario(
+        data=lambda: loader(dataset=RandomData(), collate_fn=Collate())
+    ),
+    "data module with state": Scenario(data=Transforms),
+    "loaders made anew each epoch": Scenario(
+        Tuned, fit=loaders_of_the_module, trainer={"reload_dataloaders_every_n_epochs": 1}
+    ),
     "a worker": Scenario(data=lambda: loader(dataset=Data(augment=True), num_workers=1)),
     "persistent workers": Scenario(
         data=lambda: loader(dataset=Data(augment=True), num_workers=1, persistent_workers=True)
     ),
     "transfer hooks, -1 on a batch": Scenario(TransferHooks),
     "state and learning rate set before the step": Scenario(PreparesTheStep),
+    "tensors written to before the step": Scenario(WritesBeforeTheStep, trainer={"accumulate_grad_batches": 2}),
     "batch written to": Scenario(WritesToTheBatch),
     "gradients read, hooks everywhere": Scenario(ReadsGradients, trainer={"accumulate_grad_batches": 2}),
     "LSTM": Scenario(Recurrent),
     "tied and normalised weights": Scenario(TiedAndNormalised),
+    "legacy weight_norm": Scenario(LegacyNormalised),
     "activation checkpointing": Scenario(Checkpointed),
     "activation checkpointing with reentry": Scenario(CheckpointedWithReentry),
     "torch.compile of a submodule": Scenario(Compiled),
-    "manual optimisation": Scenario(
+    "torch.compile of a function": Scenario(CompiledFunction),
+    "torch.compile of the whole module": Scenario(Quiet, fit=whole_module_compiled),
+    "manual optimisation, generator": Scenario(
         Gan, confusion={"loss_fn": lambda module, batch: module.generator_loss(batch), "parameters": "net.*"}
+    ),
+    "manual optimisation, discriminator": Scenario(
+        Gan, confusion={"loss_fn": lambda module, batch: module.critic_loss(batch), "parameters": "critic.*"}
     ),
     "validation in the middle": Scenario(Validated, trainer={"val_check_interval": 0.5}),
     "overfit_batches": Scenario(data=lambda: loader(shuffle=False), trainer={"overfit_batches": 2}),
@@ -337,6 +545,14 @@ SCENARIOS: dict[str, Scenario] = {
     "detect_anomaly": Scenario(trainer={"detect_anomaly": True}),
     "fit twice": Scenario(fit=twice),
     "resumed": Scenario(fit=resumed),
+    "learning rate finder": Scenario(Tuned, fit=learning_rate_found),
+    "batch size finder": Scenario(Tuned, fit=batch_size_found),
+    "an exception of the user": Scenario(
+        Breaks,
+        callbacks=lambda: [OnExceptionCheckpoint(".", "broken")],
+        raises=ArithmeticError,
+        trainer={"enable_checkpointing": True},
+    ),
     "checkpoints and early stopping of others": Scenario(
         Validated,
         callbacks=lambda: [
@@ -400,3 +616,170 @@ def test_run_is_bitwise_the_run_without(name: str, variant: str, plain_runs: Any
     assert_same(plain_runs(name), measured)
     assert confusion.last_gram is not None, "nothing was measured"
     assert confusion.last_gram.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["batchnorm, dropout, AdamW, augmentation", "batch written to", "LSTM"])
+@pytest.mark.parametrize("engine", ["vmap", "loop"])
+def test_each_engine(engine: str, name: str, plain_runs: Any, tmp_path: Path) -> None:
+    confusion = GradientConfusionCallback(engine=engine, every_n_train_steps=1, unit_size=2)
+    assert_same(plain_runs(name), run(SCENARIOS[name], tmp_path / "measured", [confusion]))
+    assert confusion.last_gram is not None
+
+
+# ---- precision -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["vmap", "loop"])
+def test_cosines_under_mixed_precision_are_close_to_those_in_float32(engine: str, tmp_path: Path) -> None:
+    class Smooth(Module):
+        def make_net(self):
+            return nn.Sequential(nn.Linear(FEATURES, 32), nn.Tanh(), nn.Linear(32, CLASSES))
+
+    grams = {}
+    for precision in ("32-true", "bf16-mixed"):
+        confusion = GradientConfusionCallback(engine=engine)
+        run(Scenario(Smooth, trainer={"precision": precision, "max_steps": 1}), tmp_path / precision, [confusion])
+        grams[precision] = confusion.last_gram
+    assert all(gram.dtype == torch.float32 for gram in grams.values())
+    full, mixed = (pairwise_cosines(gram) for gram in grams.values())
+    assert not torch.equal(full, mixed), "the step was not measured under autocast"
+    torch.testing.assert_close(mixed, full, rtol=0, atol=2e-2)
+
+
+def test_gram_of_half_precision_weights_is_accumulated_in_float32(tmp_path: Path) -> None:
+    confusion = GradientConfusionCallback()
+    run(Scenario(trainer={"precision": "bf16-true", "max_steps": 1}), tmp_path / "run", [confusion])
+    assert confusion.last_gram.dtype == torch.float32
+
+
+# ---- runs that stop, go on, and depend on what is measured -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("second", ["without", "with"])
+@pytest.mark.parametrize("first", ["without", "with"])
+def test_resuming_with_and_without_the_callback(first: str, second: str, tmp_path: Path) -> None:
+    def both_parts(first: str, second: str, tmp: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        def fit(trainer, module, data):
+            trainer.fit(module, data, ckpt_path=tmp / "first" / "last.ckpt", weights_only=False)
+
+        confusion = {"without": [], "with": [GradientConfusionCallback(every_n_train_steps=1)]}
+        return (
+            run(Scenario(), tmp / "first", confusion[first]),
+            run(Scenario(fit=fit, trainer={"max_epochs": 4}), tmp / "second", confusion[second]),
+        )
+
+    plain, other = both_parts("without", "without", tmp_path / "plain"), both_parts(first, second, tmp_path / "other")
+    assert plain[1]["progress"][0] == 24
+    for a, b in zip(plain, other, strict=True):
+        assert_same(a, b)
+
+
+def test_checkpoints_chosen_by_our_key_are_those_of_the_run_without(tmp_path: Path) -> None:
+    def scenario(**options: Any) -> Scenario:
+        saving = {"filename": "{step}", "every_n_train_steps": 1, "dirpath": "ckpt"}
+        return Scenario(
+            callbacks=lambda: [ModelCheckpoint(**saving, **options)], trainer={"enable_checkpointing": True}
+        )
+
+    confusion = GradientConfusionCallback(every_n_train_steps=1)
+    run(scenario(save_top_k=-1), tmp_path / "plain")
+    run(scenario(monitor=f"{PREFIX}/min_cosine", mode="max", save_top_k=3), tmp_path / "measured", [confusion])
+    chosen = sorted((tmp_path / "measured/ckpt").iterdir())
+    assert len(chosen) == 3
+    for path in chosen:
+        ours, plain = (
+            torch.load(run / path.name, weights_only=False) for run in (path.parent, tmp_path / "plain/ckpt")
+        )
+        for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "loops"):
+            assert frozen(ours[key]) == frozen(plain[key])
+
+
+def test_stopping_early_by_our_key_is_stopping(tmp_path: Path) -> None:
+    stop = Scenario(
+        callbacks=lambda: [EarlyStopping(f"{PREFIX}/eta", stopping_threshold=math.inf, check_on_train_epoch_end=True)],
+        trainer={"max_epochs": 5},
+    )
+    stopped = run(stop, tmp_path / "stopped", [GradientConfusionCallback()])
+    plain = run(Scenario(trainer={"max_epochs": 1}), tmp_path / "plain")
+    assert stopped["progress"] == (6, 1, True)
+    for key in plain.keys() - {"progress", "checkpoint last.ckpt"}:
+        assert not differences(plain[key], stopped[key], key)
+
+
+# ---- what cannot be measured -----------------------------------------------------------------------------------------
+
+
+class HoldsIterator(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors = iter(np.linspace(0.5, 1.5, 100))
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch) * float(next(self.factors))
+
+
+class BatchStatistics(Module):
+    """BatchNorm without running statistics, which a single sample has not."""
+
+    def make_net(self):
+        return nn.Sequential(
+            nn.Linear(FEATURES, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, CLASSES)
+        )
+
+
+class TakesTheIterator(Module):
+    def training_step(self, dataloader_iter):
+        batch, _, _ = next(dataloader_iter)
+        return self.loss(batch)
+
+
+REFUSED = {
+    "iterator on the module": (Scenario(HoldsIterator), r"HoldsIterator\.factors is an iterator"),
+    "statistics of a single sample": (Scenario(BatchStatistics), "Expected more than 1 value per channel"),
+    "manual optimisation": (Scenario(Gan), "pass loss_fn="),
+    "dataloader_iter": (Scenario(TakesTheIterator), "takes a dataloader_iter"),
+    "barebones": (
+        Scenario(
+            Quiet, trainer=dict.fromkeys(["logger", "enable_checkpointing", "log_every_n_steps"]) | {"barebones": True}
+        ),
+        r"barebones=True\) switches logging off",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_one_warning(name: str, tmp_path: Path) -> None:
+    scenario, words = REFUSED[name]
+    confusion = GradientConfusionCallback()
+    with pytest.warns(UserWarning, match=words) as caught:
+        measured = run(scenario, tmp_path / "measured", [confusion])
+    assert sum("GradientConfusionCallback" in str(w.message) for w in caught) == 1
+    assert_same(run(scenario, tmp_path / "plain"), measured)
+    assert confusion.last_gram is None
+
+
+# ---- what is shown ---------------------------------------------------------------------------------------------------
+
+
+class Talks(Module):
+    def training_step(self, batch, batch_idx):
+        warnings.warn("the user's own warning", UserWarning, stacklevel=1)
+        torch.cross(torch.ones(1, 3), torch.ones(1, 3))  # torch warns about this once in a process
+        self.print("step")
+        return self.loss(batch)
+
+
+def test_warnings_and_prints_of_the_step_appear_as_often_as_without(tmp_path: Path, capsys: Any) -> None:
+    scenario, shown = Scenario(Talks), {}
+    both = [
+        GradientConfusionCallback(engine=engine, prefix=engine, every_n_train_steps=1) for engine in ("vmap", "loop")
+    ]
+    for name, confusions in {"with": both, "without": []}.items():  # torch says its own once, so it is said with
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            run(scenario, tmp_path / name, confusions)
+        shown[name] = Counter(str(w.message).partition(" specifying")[0] for w in caught), capsys.readouterr().out
+    assert all(confusion.last_gram is not None for confusion in both)
+    assert shown["with"][0].pop("Using torch.cross without") == 1
+    assert shown["with"] == shown["without"]
+    assert shown["without"][0]["the user's own warning"] == 1 and shown["without"][1] == "step\n" * 12

@@ -11,6 +11,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from lightning_gradconf.engines.objective import Objective, as_rows, empty_rows
+from lightning_gradconf.units import copy_of
 
 
 def unit_gradients(objective: Objective, units: Sequence[Any]) -> dict[str, Tensor]:
@@ -21,7 +22,9 @@ def unit_gradients(objective: Objective, units: Sequence[Any]) -> dict[str, Tens
     leaves = {name: state[name] for name in objective.parameters}
     rows = {name: empty_rows(leaf, len(units)) for name, leaf in leaves.items()}
     for i, unit in enumerate(units):
-        for name, gradient in objective.at(state, unit, lambda loss: _differentiate(objective, loss, leaves)).items():
+        for name, gradient in objective.at(
+            state, copy_of(unit), lambda loss: _differentiate(objective, loss, leaves)
+        ).items():
             if gradient is not None:
                 rows[name][i] = as_rows(gradient, 1)[0]
         _refresh(objective, state, versions)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from lightning_gradconf.engines.objective import Objective, as_rows, empty_rows
+from lightning_gradconf.isolation import without_warnings
 from lightning_gradconf.units import stack
 
 
@@ -31,9 +31,8 @@ def unit_gradients(objective: Objective, units: Sequence[Any], chunk_size: int |
     per_unit = vmap(grad(loss), in_dims=(None, *[0] * len(tensors)), randomness="different")
     rows = {name: empty_rows(p, len(units)) for name, p in parameters.items()}
     step = chunk_size or len(units)
-    with warnings.catch_warnings():
-        # Attention on a CPU has no batching rule: torch says so each time, and is right and not much slower.
-        warnings.filterwarnings("ignore", "There is a performance drop because", UserWarning)
+    # Attention on a CPU has no batching rule: torch says so each time, and is right and not much slower.
+    with without_warnings("There is a performance drop because"):
         for start in range(0, len(units), step):
             chunk = slice(start, start + step)
             for name, gradients in per_unit(parameters, *(tensor[chunk] for tensor in tensors)).items():

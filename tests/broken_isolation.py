@@ -1,0 +1,183 @@
+"""Break each part of the isolation in turn and see that a scenario notices.
+
+    python tests/broken_isolation.py [-n PROCESSES] [-k WORDS]
+
+For each part a copy of the package is made in which that part is missing, and tests/test_no_trace.py runs against it
+until its first failure, whose name is printed. Exits with 1 if a break goes unnoticed. Takes a few minutes, so the test
+suite does not run it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FORK = multiprocessing.get_context("fork")
+# Imported once, and inherited by a process for each break.
+IMPORTS = ("lightning.pytorch", "pytorch_lightning", "torch._dynamo", "torch.utils.tensorboard", "torchmetrics")
+TESTS = ("test_no_trace.py", "test_faults.py")
+SELECTION = "not (epochs or fixed)"  # the other ways of taking units are enough to notice
+
+ISOLATION, PROBE, LOOP, VMAP, UNITS, CALLBACK, LAYERS = (
+    "isolation.py",
+    "probe.py",
+    "engines/loop.py",
+    "engines/vmap.py",
+    "units.py",
+    "callback.py",
+    "engines/layers.py",
+)
+# part: file, what the file says, what it says when broken.
+BREAKS: dict[str, tuple[str, str, str]] = {
+    "Python's random state": (ISOLATION, "[(random.setstate, random.getstate())]", "[]"),
+    "NumPy's random state": (ISOLATION, "states.append((numpy.random.set_state,", "0 and states.append((0,"),
+    "torch's random state": (ISOLATION, "states.append((torch.set_rng_state,", "0 and states.append((0,"),
+    "gradients": (ISOLATION, "    if tensor.grad is not grad:", "    if False:"),
+    "requires_grad": (ISOLATION, "    if tensor.requires_grad != requires_grad:", "    if False:"),
+    "tensors of the module under its own hooks": (ISOLATION, "        if tensors:", "        if False:"),
+    "tensors in Python state": (ISOLATION, "self.stack.callback(_restore_tensor,", "0 and (0,"),
+    "gradients of tensors in Python state": (ISOLATION, "self.remember(tensor.grad, path)", "pass"),
+    "hidden modules": (ISOLATION, "if id(value) in self.swapped else ()", ""),
+    "entries of mappings": (ISOLATION, "if key not in _NOT_FOLLOWED:", "if False:"),
+    "mappings": (ISOLATION, "        mapping[key] = value", "        pass"),
+    "order and size of mappings": (ISOLATION, "        mapping.clear()", "        pass"),
+    "a Counter": (ISOLATION, "        mapping[key] = value", "        mapping.update([(key, value)])"),
+    "lists": (ISOLATION, "    if not _same(sequence, saved, lambda a, b: a is b):", "    if False:"),
+    "deques": (ISOLATION, "isinstance(value, list | deque)", "isinstance(value, list)"),
+    "sets": (ISOLATION, "self.stack.callback(_restore_set, value, set(value))", "pass"),
+    "tuples and lists inside": (ISOLATION, "            if type(entry) not in _ATOMS:", "            if False:"),
+    "arrays": (ISOLATION, "    array[...] = saved", "    pass"),
+    "torch generators": (ISOLATION, "    if isinstance(value, torch.Generator):", "    if False:"),
+    "Python generators": (ISOLATION, "    elif isinstance(value, random.Random):", "    elif False:"),
+    "NumPy generators": (ISOLATION, "isinstance(value, numpy.random.Generator)", "False"),
+    "iterators": (ISOLATION, "        elif isinstance(value, Iterator):", "        elif False:"),
+    "objects of the user's": (ISOLATION, 'elif hasattr(value, "__dict__") and self._is_users(value):', "elif False:"),
+    "objects from other files": (ISOLATION, "or not _is_installed(module)", ""),
+    "namespaces": (ISOLATION, "isinstance(value, SimpleNamespace | Namespace)", "False"),
+    "attributes of data": (ISOLATION, "vars(value), list(vars(value).items()))", "{}, [])"),
+    "generators of data": (
+        ISOLATION,
+        "                self.remember_data(entry)\n\n    def _is",
+        "                pass\n\n    def _is",
+    ),
+    "transforms of data": (
+        ISOLATION,
+        "            for entry in value[:_MOST_TRANSFORMS]:",
+        "            for entry in ():",
+    ),
+    "log is mute": (PROBE, 'vars(part)["log"] = ', ""),
+    "log_dict is mute": (PROBE, 'vars(part)["log_dict"] = ', ""),
+    "print is mute": (PROBE, ' = vars(part)["print"]', ""),
+    "loggers are dummies": (PROBE, "trainer.loggers = [dummy() for _ in trainer.loggers]", "pass"),
+    "attributes of the Trainer": (PROBE, "stack.callback(restore_mapping, vars(trainer),", "0 and (0,"),
+    "optimizers' groups": (PROBE, "*groups, ", ""),
+    "schedulers": (PROBE, "*schedulers, ", ""),
+    "the loader's state": (PROBE, "*others, data", "data"),
+    "the data module": (PROBE, "data=data, ", ""),
+    "warnings": (PROBE, "stack.enter_context(without_warnings())", "pass"),
+    "what torch warns of once": (PROBE, "torch.set_warn_always(True)", "pass"),
+    "filters of warnings": (ISOLATION, "        filters[:] = saved", "        pass"),
+    "compiled code runs eagerly": (PROBE, 'torch.compiler.set_stance("force_eager")', "ExitStack()"),
+    "enable_grad": (PROBE, "torch.enable_grad()", "ExitStack()"),
+    "the module's own hook": (PROBE, 'if not _is_overridden(module, "on_train_batch_start"):', "if True:"),
+    "the precision plugin's context": (PROBE, "trainer.precision_plugin.train_step_context()", "ExitStack()"),
+    "copies of batches": (UNITS, "_map(lambda leaf: leaf.clone() if", "_map(lambda leaf: leaf if"),
+    "copies of samples": (UNITS, "else leaf[samples]).clone()", "else leaf[samples])"),
+    "copies of parameters": (
+        LOOP,
+        "name: p.detach().clone().requires_grad_() for",
+        "name: p.detach().requires_grad_() for",
+    ),
+    "copies of buffers": (
+        LOOP,
+        "{name: t.detach().clone() for name, t in objective.const",
+        "{name: t for name, t in objective.const",
+    ),
+    "gradients held while everything is differentiated": (LOOP, "        p.grad = None\n", "        pass\n"),
+    "BatchNorm leaves its buffers": (LAYERS, "        if func is F.batch_norm:", "        if False:"),
+    "errors never reach the training": (
+        CALLBACK,
+        "        except Exception as error:\n            self._failures",
+        "        except ZeroDivisionError as error:\n            self._failures",
+    ),
+}
+
+
+def broken(part: str) -> str | None:
+    """Return the first test that fails without this part of the isolation."""
+    file, old, new = BREAKS[part] if part else (ISOLATION, "", "")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        shutil.copytree(ROOT / "lightning_gradconf", copy / "lightning_gradconf")
+        shutil.copytree(ROOT / "tests", copy / "tests")
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        source = copy / "lightning_gradconf" / file
+        text = source.read_text(encoding="utf-8")
+        if part and old not in text:
+            raise SystemExit(f"{part}: {file} does not say {old!r} any more; update tests/broken_isolation.py")
+        source.write_text(text.replace(old, new) if part else text, encoding="utf-8")
+        os.chdir(copy)
+        sys.path.insert(0, str(copy))
+        import pytest
+
+        output = io.StringIO()
+        tests = [str(copy / "tests" / name) for name in TESTS]
+        flags = ["-x", "-q", "--tb=no", "--assert=plain", "-p", "no:cacheprovider", "--basetemp", str(copy / "tmp")]
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            code = pytest.main([*flags, "-k", SELECTION, *tests])
+        failed = re.search(r"^(?:FAILED|ERROR) \S*?::(.*?)(?: - .*)?$", output.getvalue(), re.MULTILINE)
+        if code not in (0, 1) or (code == 1 and failed is None):
+            raise SystemExit(f"{part}: the tests could not be run\n{output.getvalue()}")
+        os.chdir(ROOT)
+        return failed and failed[1]
+
+
+def in_a_process(part: str) -> tuple[str | None, float]:
+    """Run `broken` in a process that may have children, as data loaders do, and inherits what was imported."""
+    start = time.perf_counter()
+    receiving, sending = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=lambda: sending.send(broken(part)))
+    process.start()
+    sending.close()
+    try:
+        return receiving.recv(), time.perf_counter() - start
+    finally:
+        process.join()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-n", type=int, default=2, help="processes")
+    parser.add_argument("-k", default="", help="only the parts with these words in their names")
+    options = parser.parse_args()
+    for name in IMPORTS:
+        import_module(name)
+    import torch
+
+    torch.set_num_threads(1)
+    parts = [*(part for part in BREAKS if options.k in part), ""]
+    unnoticed = []
+    with ThreadPoolExecutor(options.n) as pool:
+        for part, (test, seconds) in zip(parts, pool.map(in_a_process, parts), strict=True):
+            expected = test is None if part == "" else test is not None
+            print(f"{part or '(nothing broken)':50} {seconds:5.0f} s  {test or 'unnoticed'}", flush=True)
+            if not expected:
+                unnoticed.append(part)
+    print(f"{len(parts) - 1} parts, {len(unnoticed)} unnoticed: {', '.join(unnoticed) or 'none'}")
+    return bool(unnoticed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Training runs on several processes, as a script: Lightning starts processes from the main module.
+
+Takes a JSON file of named runs and writes what each rank of each run left, for `test_distributed` to compare.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from datetime import timedelta
+from hashlib import sha256
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+from runs import CLASSES, FEATURES, QUIET, Data, Module, Rows, frozen
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from lightning_gradconf import GradientConfusionCallback, callback, sampling
+
+
+class Net(Module):
+    measured_loss = Module.loss
+
+    def make_net(self):
+        self.unused = nn.Linear(2, 2)
+        return nn.Sequential(
+            nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, CLASSES)
+        )
+
+
+class AllUsed(Net):
+    def make_net(self):
+        net = super().make_net()
+        del self.unused
+        return net
+
+
+class Sharded(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    training_step = Module.training_step
+    loss = Module.loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class Break(pl.Callback):
+    """Breaks one stage of a measurement on rank 1."""
+
+    def __init__(self, stage):
+        self.stage = stage
+
+    def setup(self, trainer, module, stage):
+        def broken(*args, **kwargs):
+            raise RuntimeError("broken on rank 1")
+
+        owner, name = {
+            "sampling": (sampling, "units_of"),
+            "preparation": (callback, "prepare_step"),
+            "forward": (type(module), "measured_loss"),
+            "statistics": (callback, "gradient_statistics"),
+        }[self.stage]
+        if trainer.global_rank == 1:
+            setattr(owner, name, broken)
+
+
+class Leave(pl.Callback):
+    """Writes what a rank's run left, from the rank itself."""
+
+    def __init__(self, out, warned):
+        self.out, self.warned = out, warned
+
+    def teardown(self, trainer, module, stage):
+        def digest(value):
+            return sha256(repr(frozen(value)).encode()).hexdigest()
+
+        def local(tensor):
+            return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+        result = {
+            "weights": digest([local(t) for t in module.state_dict().values()]),
+            "gradients": digest([None if p.grad is None else local(p.grad) for p in module.parameters()]),
+            "optimizer": digest([local(t) for s in trainer.optimizers[0].state.values() for t in s.values()]),
+            "rng": digest(torch.get_rng_state()),
+            "logged": digest(trainer.loggers[0].of(ours=False)),
+            "steps": trainer.global_step,
+            "ours": trainer.loggers[0].of(ours=True),
+            "warnings": self.warned,
+        }
+        for confusion in trainer.callbacks:
+            if isinstance(confusion, GradientConfusionCallback) and confusion.last_gram is not None:
+                result["statistics"] = {k: v.hex() for k, v in confusion.last_statistics.items()}
+                result["gram"] = confusion.last_gram.tolist()
+        (self.out / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
+
+
+def train(out, strategy="ddp", options=None, devices=2, accumulate=1, samples=24, confusion=None, fail=None):
+    out.mkdir(exist_ok=True)  # by the other rank, where that runs the script too
+    pl.seed_everything(5, verbose=False)
+    options = options or {}
+    if strategy == "fsdp2":
+        module = Sharded()
+        parallel = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    else:
+        module = Net() if options.get("find_unused_parameters") else AllUsed()
+        parallel = DDPStrategy(
+            process_group_backend="gloo", start_method="fork", timeout=timedelta(seconds=60), **options
+        )
+    warned = []
+    warnings.showwarning = lambda message, *_, **__: warned.append(str(message))
+    callbacks = [Leave(out, warned)]
+    if confusion is not None:
+        loss_fn = (lambda module, batch: module.measured_loss(batch)) if fail == "forward" else None
+        callbacks.append(GradientConfusionCallback(loss_fn=loss_fn, **confusion))
+    if fail is not None:
+        callbacks.append(Break(fail))
+    trainer = pl.Trainer(
+        max_epochs=2, logger=Rows(), enable_checkpointing=False, log_every_n_steps=2, callbacks=callbacks,
+        accumulate_grad_batches=accumulate, **(QUIET | {"devices": devices, "strategy": parallel}),
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(Subset(Data(), range(samples)), batch_size=4, shuffle=True))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("always", "GradientConfusionCallback")
+    runs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    for name, options in runs.items():
+        train(out / name, **options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""DDP: all pairs across ranks, the same decisions on all, and no trace; other strategies switch off."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import distributed as dist
+
+from lightning_gradconf import distributed
+
+HERE = Path(__file__).parent
+
+
+# ---- the Gram of rows that lie on several ranks ----------------------------------------------------------------------
+
+
+def gram_on_rank(rank: int, ranks: int, store: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    rows = {name: part[rank * 3 : rank * 3 + 3].clone() for name, part in rows_of_all(ranks).items()}
+    grams = distributed.contract(rows)
+    decisions = [distributed.minimum(rank, torch.device("cpu"))]
+    for failing in range(ranks + 1):
+        try:
+            distributed.on_all_ranks(lambda failing=failing: 1 / (rank - failing), torch.device("cpu"))
+            decisions.append("went on")
+        except (ZeroDivisionError, RuntimeError) as error:
+            decisions.append(type(error).__name__)
+    torch.save((grams, decisions, rows), f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def rows_of_all(ranks: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"one": 1, "odd": 7, "even": 12}
+    rows = {name: torch.randn(3 * ranks, size, generator=generator) for name, size in sizes.items()}
+    return rows | {"double": torch.randn(3 * ranks, 5, generator=generator).double()}
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_gram_over_ranks_is_that_of_all_rows(ranks, tmp_path):
+    mp.spawn(gram_on_rank, args=(ranks, str(tmp_path / "store"), str(tmp_path)), nprocs=ranks)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
+    for rank, (grams, decisions, rows) in enumerate(results):
+        for name, part in rows_of_all(ranks).items():
+            assert grams[name].dtype == part.dtype
+            torch.testing.assert_close(grams[name], part @ part.T, rtol=1e-6, atol=1e-6)
+            assert torch.equal(grams[name], results[0][0][name]), "bitwise the same on all ranks"
+        assert rows == {}, "gradients are released as they are contracted"
+        failed = ["ZeroDivisionError" if failing == rank else "RuntimeError" for failing in range(ranks)]
+        assert decisions == [0, *failed, "went on"]
+
+
+def test_alone_nothing_is_exchanged():
+    device = torch.device("cpu")
+    assert distributed.world_size() == 1
+    assert distributed.minimum(3, device) == 3
+    assert distributed.on_all_ranks(lambda: "done", device) == "done"
+    with pytest.raises(KeyError, match="mine"):
+        distributed.on_all_ranks(lambda: {}["mine"], device)
+
+
+# ---- whole runs ------------------------------------------------------------------------------------------------------
+
+KEPT = ["weights", "gradients", "optimizer", "rng", "logged", "steps"]
+EVERY = {"every_n_train_steps": 1}
+OPTIONS = {
+    "plain": {},
+    "unused parameters": {"find_unused_parameters": True},
+    "static graph": {"static_graph": True},
+    "buckets as gradients": {"gradient_as_bucket_view": True},
+}
+STAGES = ["sampling", "preparation", "forward", "statistics"]
+RUNS = {
+    **{f"{name}, without": {"options": options} for name, options in OPTIONS.items()},
+    **{
+        f"{name}, with": {"options": options, "confusion": {"every_n_train_steps": 2, "source": source}}
+        for (name, options), source in zip(OPTIONS.items(), ["current", "fresh", "fixed", "current"], strict=True)
+    },
+    "again, without": {},
+    "accumulation, without": {"accumulate": 2},
+    "accumulation, with": {"accumulate": 2, "confusion": EVERY | {"unit_size": "batch", "num_units": 2}},
+    "three ranks": {
+        "devices": 3, "samples": 22, "confusion": {"unit_size": 2, "every_n_epochs": 1, "num_units": 3},
+    },
+    **{f"broken {stage}": {"confusion": EVERY | {"engine": "loop"}, "fail": stage} for stage in STAGES},
+}  # fmt: skip
+# Lightning starts the ranks of FSDP by running the script again, so that there is one run in a script.
+FSDP = {"fsdp, without": {"strategy": "fsdp2"}, "fsdp, with": {"strategy": "fsdp2", "confusion": EVERY}}
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory):
+    """What each rank of each run left."""
+    out = tmp_path_factory.mktemp("runs")
+    for i, runs in enumerate([RUNS, *({name: options} for name, options in FSDP.items())]):
+        (out / f"{i}.json").write_text(json.dumps(runs))
+        command = [sys.executable, str(HERE / "ddp_run.py"), str(out / f"{i}.json"), str(out)]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=env, cwd=out)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return lambda name: [json.loads(path.read_text()) for path in sorted((out / name).glob("rank*.json"))]
+
+
+def assert_no_trace(plain: list[dict], measured: list[dict]) -> None:
+    assert len(plain) == len(measured) == 2
+    for rank, (one, other) in enumerate(zip(plain, measured, strict=True)):
+        assert [key for key in KEPT if one[key] != other[key]] == [], f"rank {rank}"
+
+
+def test_runs_repeat(left):
+    assert_no_trace(left("plain, without"), left("again, without"))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_ddp_runs_are_bitwise_the_runs_without(name, left):
+    measured = left(f"{name}, with")
+    assert_no_trace(left(f"{name}, without"), measured)
+    for rank in measured:
+        assert rank["warnings"] == []
+        assert rank["statistics"] == measured[0]["statistics"], "bitwise the same on all ranks"
+    assert [step for step, _ in measured[0]["ours"]] == [0, 1, 3, 5]
+    # Both ranks' batches of 4; or all of the dataset, of which each rank has one half.
+    assert len(measured[0]["gram"]) == (24 if name in ("unused parameters", "static graph") else 8)
+
+
+def test_accumulation_and_batches_as_units(left):
+    measured = left("accumulation, with")
+    assert_no_trace(left("accumulation, without"), measured)
+    assert len(measured[0]["gram"]) == 4
+    assert measured[0]["ours"]
+
+
+def test_uneven_batches_on_three_ranks(left):
+    measured = left("three ranks")
+    assert len(measured) == 3
+    assert len(measured[0]["gram"]) == 9
+    assert all(rank["statistics"] == measured[0]["statistics"] for rank in measured)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_rank_failing_leaves_all_training(stage, left):
+    measured = left(f"broken {stage}")
+    assert_no_trace(left("plain, without"), measured)
+    assert any("broken on rank 1" in message for message in measured[1]["warnings"])
+    if stage != "statistics":  # which is after all ranks agreed that they have a Gram
+        assert any("another rank could not measure" in message for message in measured[0]["warnings"])
+        assert "gram" not in measured[0]
+
+
+def test_fsdp_is_switched_off_with_one_warning(left):
+    measured = left("fsdp, with")
+    assert_no_trace(left("fsdp, without"), measured)
+    (message,) = measured[0]["warnings"]
+    assert "ModelParallelStrategy is not supported yet" in message
+    assert measured[0]["ours"] == [] and "gram" not in measured[0]
