@@ -16,6 +16,7 @@ from lightning_gradconf import distributed, plots, sampling
 from lightning_gradconf._lightning import Callback, MisconfigurationException, warn
 from lightning_gradconf.distributed import minimum, on_all_ranks, world_size
 from lightning_gradconf.engines import Engine, gram_of_units
+from lightning_gradconf.engines.ghost import Memory
 from lightning_gradconf.engines.objective import objective
 from lightning_gradconf.probe import digests, no_trace, prepare_step, reason_not_to_measure, step_loss
 from lightning_gradconf.statistics import gradient_statistics, min_cosine, pairwise_cosines, statistic_names
@@ -183,6 +184,7 @@ class GradientConfusionCallback(Callback):
         self._unsplit: Exception | None = None
         self._fixed: list[Any] | None = None
         self._measured_at: int | None = None
+        self._memory: Memory | None = None
         self._failures = 0
         self._warned: set[str] = set()
 
@@ -191,6 +193,7 @@ class GradientConfusionCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide once whether this run can be measured."""
         self._start_run()
+        self._memory = Memory()
         reason = reason_not_to_measure(trainer, pl_module, self.loss_fn)
         if reason is None and any(self.source is loader for loader in sampling.training_loaders(trainer)):
             reason = "source= is the training loader itself, whose order would change; use source='fresh'"
@@ -230,7 +233,7 @@ class GradientConfusionCallback(Callback):
                 "too few. Lower num_units or unit_size, or train longer."
             )
         self._recent.clear()
-        self._fixed = None
+        self._fixed = self._memory = None
 
     def _every(self, trainer: Trainer) -> int:
         logged = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
@@ -294,7 +297,10 @@ class GradientConfusionCallback(Callback):
                 unit_size = sampling.size_of(units[0])
                 target = objective(pl_module, loss, self.parameters)
                 how = (target, units[-n:], unit_size, self._engine, self.chunk_size, self.dropout)
-                grams, used = gram_of_units(*how) if world_size() == 1 else distributed.gram_of_units(*how, device)
+                if world_size() > 1:
+                    grams, used = distributed.gram_of_units(*how, device)
+                else:
+                    grams, used = gram_of_units(*how, self._memory)
         if before and not self._verified(before, digests(trainer, pl_module), device):
             return
         if not enough:

@@ -49,8 +49,7 @@ def no_trace(trainer: Trainer, module: LightningModule, *others: Any) -> Iterato
         dummy = import_module(f"{namespace(trainer).__name__}.loggers.logger").DummyLogger
         trainer.loggers = [dummy() for _ in trainer.loggers]
         for part in lightning_modules(module):
-            # `untouched` removes them again
-            vars(part)["log"] = vars(part)["log_dict"] = vars(part)["print"] = _ignore
+            vars(part)["log"] = vars(part)["print"] = _ignore  # `untouched` removes them again; log_dict calls log
         # What the user's code says about single samples is no news, and must not use up what is said only once.
         stack.enter_context(without_warnings())
         stack.callback(torch.set_warn_always, torch.is_warn_always_enabled())
@@ -153,4 +152,4 @@ def _is_overridden(module: LightningModule, hook: str) -> bool:
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Stands in for ``log``, ``log_dict`` and ``print``."""
+    """Stands in for ``log`` and ``print``."""

@@ -118,10 +118,11 @@ def join(units: Sequence[Any]) -> Any:
         if isinstance(leaf, Tensor):
             if leaf.dim() == 0 or leaf.shape[0] != size:
                 return leaf
-            if any(part.shape[1:] != leaf.shape[1:] for part in parts):
+            try:
+                return torch.cat(parts)
+            except RuntimeError:
                 shapes = sorted({tuple(part.shape) for part in parts})
-                raise ValueError(f"units of different shapes {shapes} do not fit into one batch")
-            return torch.cat(parts)
+                raise ValueError(f"units of different shapes {shapes} do not fit into one batch") from None
         if all(part is leaf for part in parts):  # shared, though it may happen to be as long as a unit
             return leaf
         return type(leaf)(entry for part in parts for entry in part) if _one_a_sample(leaf, size) else leaf

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from zoo import NO_VMAP, ZOO, Model, cross_entropy, oracle
+from zoo import NO_GHOST, NO_VMAP, ZOO, Model, cross_entropy, oracle
 
 from lightning_gradconf import gradient_gram
 from lightning_gradconf.engines import _say_once
@@ -28,7 +28,7 @@ def expected(name: str, unit_size: int, monkeypatch: pytest.MonkeyPatch) -> dict
 
 
 @pytest.mark.parametrize("unit_size", UNIT_SIZES)
-@pytest.mark.parametrize("engine", ["loop", "vmap", "auto"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost", "auto"])
 @pytest.mark.parametrize("name", ZOO)
 def test_engine_equals_the_plain_loop(name, engine, unit_size, monkeypatch):
     module, loss_fn, batch = ZOO[name]()
@@ -36,6 +36,8 @@ def test_engine_equals_the_plain_loop(name, engine, unit_size, monkeypatch):
         with pytest.raises(Exception):  # noqa: B017 - whatever torch.func raises
             gradient_gram(module, loss_fn, batch, unit_size=unit_size, engine="vmap")
         return
+    if engine == "ghost" and name in NO_GHOST:
+        pytest.skip("may be refused; `auto` must be right")
     want = expected(name, unit_size, monkeypatch)
     got = gradient_gram(module, loss_fn, batch, unit_size=unit_size, engine=engine)
     assert got.keys() == want.keys()

@@ -25,6 +25,12 @@ def lightning(request):
     return import_module(request.param)
 
 
+@pytest.fixture(autouse=True)
+def no_flags_of_pytest(monkeypatch):
+    """LightningCLI warns about arguments of the process beside its own."""
+    monkeypatch.setattr(sys, "argv", sys.argv[:1])
+
+
 @pytest.fixture
 def boring(lightning):
     """The namespace's own demo, with batches of four."""

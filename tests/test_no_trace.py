@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import re
 import warnings
 from collections import Counter, deque
 from pathlib import Path
@@ -128,6 +129,13 @@ class Teacher(Module):
         return F.cross_entropy(self.net(x) + 0.1 * self.teacher(x) + 0.1 * self.hidden[0](x) + self.offset, y)
 
 
+class ClampsWeights(Module):
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            self.net[0].weight.mul_(0.99).clamp_(-0.3, 0.3)
+        return self.loss(batch)
+
+
 class ReadsTheTrainer(Module):
     def __init__(self) -> None:
         super().__init__()
@@ -190,10 +198,16 @@ class PreparesTheStep(Module):
     def on_train_batch_start(self, batch, batch_idx):
         self.alpha = torch.rand(()) + batch[0].mean()
         self.optimizers().param_groups[0]["lr"] *= 0.9
+        if self.global_step:
+            self.lr_schedulers().step()
 
     def training_step(self, batch, batch_idx):
         alpha, self.alpha = self.alpha, self.alpha + 1
         return self.loss(batch) * alpha
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-1)
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)]
 
 
 class WritesBeforeTheStep(Module):
@@ -215,9 +229,13 @@ class WritesBeforeTheStep(Module):
         for p in self.parameters():
             if p.grad is not None:
                 p.grad *= 0.5
+                p.grad = p.grad - 0.1
 
 
 class WritesToTheBatch(Module):
+    def on_train_batch_start(self, batch, batch_idx):
+        batch[0].add_(0.1)
+
     def training_step(self, batch, batch_idx):
         batch[0].mul_(0.5)
         return self.loss(batch)
@@ -486,6 +504,7 @@ SCENARIOS: dict[str, Scenario] = {
     "None on odd batches": Scenario(SkipsOddBatches),
     "training_step of one argument": Scenario(OneArgument),
     "moving averages of the weights": Scenario(Teacher),
+    "weights clamped in the step": Scenario(ClampsWeights),
     "reads the Trainer, writes to it": Scenario(ReadsTheTrainer),
     "LBFGS": Scenario(LBFGS),
     "plateau scheduler on a step metric": Scenario(Plateau),
@@ -624,6 +643,15 @@ def test_each_engine(engine: str, name: str, plain_runs: Any, tmp_path: Path) ->
     confusion = GradientConfusionCallback(engine=engine, every_n_train_steps=1, unit_size=2)
     assert_same(plain_runs(name), run(SCENARIOS[name], tmp_path / "measured", [confusion]))
     assert confusion.last_gram is not None
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_loader_of_the_users(num_workers: int, plain_runs: Any, tmp_path: Path) -> None:
+    name = "batchnorm, dropout, AdamW, augmentation"
+    given = loader(dataset=Data(augment=True), num_workers=num_workers)
+    confusion = GradientConfusionCallback(source=given, num_units=6)
+    assert_same(plain_runs(name), run(SCENARIOS[name], tmp_path / "measured", [confusion]))
+    assert len(confusion.last_gram) == 6
 
 
 # ---- precision -------------------------------------------------------------------------------------------------------
@@ -783,3 +811,8 @@ def test_warnings_and_prints_of_the_step_appear_as_often_as_without(tmp_path: Pa
     assert shown["with"][0].pop("Using torch.cross without") == 1
     assert shown["with"] == shown["without"]
     assert shown["without"][0]["the user's own warning"] == 1 and shown["without"][1] == "step\n" * 12
+
+
+def test_the_documentation_lists_the_scenarios() -> None:
+    documentation = (Path(__file__).parent.parent / "docs" / "no_trace.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| (.+?) \| .+ \|$", documentation, re.MULTILINE)[1:] == list(SCENARIOS)

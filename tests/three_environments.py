@@ -4,7 +4,7 @@
 
 Builds one virtual environment from constraints.txt in FOLDER (by default a temporary one) and takes it through three
 states: both packages, only `pytorch-lightning`, only `lightning`. The last cannot be had from pip, since `lightning`
-requires `pytorch-lightning`, but it can be had by removing that afterwards. Exits with 1 if a test fails in one of them.
+requires `pytorch-lightning`, but by removing that afterwards. Exits with 1 if a test fails in one of them.
 
 Takes some minutes, most of them for torch, so continuous integration runs only the state with both, as `make test`.
 """
@@ -32,7 +32,7 @@ def main(folder: Path) -> int:
     pip = [python, "-m", "pip", "--disable-pip-version-check", "-q"]
     install = [*pip, "install", "-c", str(ROOT / "constraints.txt")]
     run([*install, "setuptools", "torch"])  # alone: no other requirement can bring another build of it
-    run([*install, "--no-build-isolation", f"{ROOT}[test]"])
+    run([*install, "--no-build-isolation", "-e", f"{ROOT}[test]"])
     failed = False
     for add, remove, left in STATES:
         if add:

@@ -7,6 +7,7 @@ samples can be made of it.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,20 @@ from torch.utils.checkpoint import checkpoint
 Case = tuple[nn.Module, Callable[[nn.Module, Any], Tensor], Any]
 ZOO: dict[str, Callable[[], Case]] = {}
 NO_VMAP: set[str] = set()  # torch.func cannot transform these: auto must notice
+NO_GHOST = {  # one pass over all units does not give the gradients of single units, at one unit size at least
+    "batch_reordered_in_forward",
+    "batchnorm",
+    "checkpoint_with_reentry",
+    "checkpoint_without_reentry",
+    "complex_parameter",
+    "contrastive_loss",
+    "data_dependent_branch",
+    "frozen_parameter_written_in_forward",
+    "in_batch_negatives",
+    "item_in_the_loss",
+    "mean_over_tokens_that_are_not_padding",
+    "experts_chosen_by_the_data",
+}
 
 
 def case(function: Callable[[], Case]) -> Callable[[], Case]:
@@ -458,6 +473,186 @@ def sum_of_the_losses() -> Case:
         return F.cross_entropy(module(batch[0]), batch[1], reduction="sum")
 
     return nn.Linear(4, 3), loss, (normal(4), labels())
+
+
+@case
+def mean_over_tokens_that_are_not_ignored() -> Case:
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(module(batch[0]).flatten(0, 1), batch[1].flatten(), ignore_index=-100)
+
+    targets = torch.randint(3, (6, 5)).masked_fill(torch.arange(5) > torch.tensor([4, 1, 2, 0, 3, 2])[:, None], -100)
+    return nn.Linear(4, 3), loss, (normal(5, 4), targets)
+
+
+@case
+def mean_over_tokens_that_are_not_padding() -> Case:
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        x, mask = batch
+        return (module(x).square().mean(-1) * mask).sum() / mask.sum()
+
+    mask = (torch.arange(5) <= torch.tensor([4, 1, 2, 0, 3, 2])[:, None]).double()
+    return nn.Linear(4, 3), loss, (normal(5, 4), mask)
+
+
+@case
+def mean_weighted_by_class() -> Case:
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(module(batch[0]), batch[1], torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64))
+
+    return nn.Linear(4, 3), loss, (normal(4), labels())
+
+
+@case
+def in_batch_negatives() -> Case:
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        question, answer = batch
+        scores = module.question(question) @ module.answer(answer).T
+        return F.cross_entropy(scores, torch.arange(len(question)))
+
+    model = Model(lambda self: None, question=nn.Linear(4, 3), answer=nn.Linear(5, 3))
+    return model, loss, (normal(4), normal(5))
+
+
+@case
+def penalty_on_the_weights() -> Case:
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(module(batch[0]), batch[1]) + 0.1 * sum(p.square().sum() for p in module.parameters())
+
+    return nn.Linear(4, 3), loss, (normal(4), labels())
+
+
+@case
+def batch_reordered_in_forward() -> Case:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort()
+        return self.last(self.inner(x[order]).tanh()[order.argsort()])
+
+    model = Model(forward, inner=nn.Linear(4, 5), last=nn.Linear(5, 3))
+    return model, cross_entropy, (normal(4), labels())
+
+
+@no_vmap  # in float64, for which there is no fused kernel
+def recurrent_layer_with_time_first() -> Case:
+    model = Model(
+        lambda self, x: self.head(self.rnn(x.transpose(0, 1))[0]).mean(0), rnn=nn.RNN(3, 4), head=nn.Linear(4, 3)
+    )
+    return model, cross_entropy, (normal(5, 3), labels())
+
+
+@case
+def as_many_steps_as_samples() -> Case:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.tokens(x) + self.positions(torch.arange(x.shape[1]))
+        return self.head(self.norm(h).transpose(0, 1).tanh()).mean(0)
+
+    parts = {"tokens": nn.Embedding(7, 4), "positions": nn.Embedding(6, 4), "norm": nn.LayerNorm(4)}
+    return Model(forward, **parts, head=nn.Linear(4, 3)), cross_entropy, (torch.randint(7, (6, 6)), labels())
+
+
+@case
+def transformer() -> Case:
+    model = nn.Transformer(4, 2, 1, 1, dim_feedforward=8, dropout=0.1, batch_first=True)
+    return Model(lambda self, x: self.t(x, x[:, :3]).mean(1), t=model), cross_entropy, (normal(5, 4), labels())
+
+
+@case
+def transformer_with_time_first() -> Case:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "enable_nested_tensor is True", UserWarning)
+        model = nn.Transformer(4, 2, 1, 1, dim_feedforward=8, dropout=0.1)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        return self.t(x, x[:3]).mean(0)
+
+    return Model(forward, t=model), cross_entropy, (normal(5, 4), labels())
+
+
+@case
+def shared_embedding_and_position_bias() -> Case:
+    """As in T5: one table for encoder, decoder and head, and a bias of attention that is looked up by distance."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h, y = self.table(x), self.table(x.flip(1))
+        scale = torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)
+        q, k = self.q(self.gain * h * scale), self.k(y)
+        distance = torch.arange(5)[:, None] - torch.arange(5) + 4
+        bias = self.bias(distance).permute(2, 0, 1)
+        weights = ((q @ k.mT)[:, None] + bias).softmax(-1).mean(1)
+        return (weights @ y @ self.table.weight.T).mean(1)
+
+    parts = {"table": nn.Embedding(7, 4), "bias": nn.Embedding(9, 2), "gain": nn.Parameter(torch.randn(4))}
+    model = Model(forward, **parts, q=nn.Linear(4, 4, bias=False), k=nn.Linear(4, 4, bias=False))
+    return model, cross_entropy, (torch.randint(7, (6, 5)), torch.randint(7, (6,)))
+
+
+@case
+def inverted_bottleneck() -> Case:
+    """As in MobileNet: a convolution of single channels between two of single pixels."""
+    block = nn.Sequential(
+        nn.Conv2d(3, 6, 1),
+        nn.ReLU6(),
+        nn.Conv2d(6, 6, 3, 2, 1, groups=6),
+        nn.PReLU(6),
+        nn.Conv2d(6, 4, 1),
+        nn.Hardswish(),
+    )
+    return (
+        nn.Sequential(block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)),
+        cross_entropy,
+        (normal(3, 5, 5), labels()),
+    )
+
+
+@case
+def deeply_nested() -> Case:
+    net: nn.Module = nn.Linear(4, 4)
+    for _ in range(3):
+        net = nn.Sequential(net, nn.Sequential(nn.Tanh(), nn.Sequential(nn.Linear(4, 4))))
+    return net, mean_square, normal(4)
+
+
+@case
+def norms_of_every_kind() -> Case:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.layer(self.rms(self.group(x).transpose(1, 2)))[..., :3].mean(1)
+
+    parts = {"group": nn.GroupNorm(2, 4), "rms": nn.RMSNorm(4), "layer": nn.LayerNorm((5, 4))}
+    return Model(forward, **parts), cross_entropy, (normal(4, 5), labels())
+
+
+@case
+def spectral_norm() -> Case:
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5)).eval()
+    return nn.Sequential(layer, nn.Tanh(), nn.Linear(5, 3)), cross_entropy, (normal(4), labels())
+
+
+@case
+def experts_in_one_tensor() -> Case:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return torch.einsum(
+            "be,beo->bo", self.gate(x).softmax(-1), torch.einsum("bi,eio->beo", x, self.experts) + self.bias
+        )
+
+    parts = {
+        "gate": nn.Linear(4, 2),
+        "experts": nn.Parameter(torch.randn(2, 4, 3)),
+        "bias": nn.Parameter(torch.randn(2, 3)),
+    }
+    return Model(forward, **parts), cross_entropy, (normal(4), labels())
+
+
+@no_vmap
+def experts_chosen_by_the_data() -> Case:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        chosen = self.gate(x).argmax(-1)
+        out = torch.zeros(len(x), 3, dtype=x.dtype)
+        for e, expert in enumerate((self.first, self.second)):
+            out = out.index_add(0, (chosen == e).nonzero()[:, 0], expert(x[chosen == e]))
+        return out + self.gate(x).mean(-1, keepdim=True)
+
+    parts = {"gate": nn.Linear(4, 2), "first": nn.Linear(4, 3), "second": nn.Linear(4, 3)}
+    return Model(forward, **parts), cross_entropy, (normal(4), labels())
 
 
 def oracle(module: nn.Module, loss_fn: Callable[..., Tensor], batch: Any, unit_size: int) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 Each engine is a function of an objective and units, and all give the same numbers. `gradient_gram` chooses one:
 
+* ``ghost``: one pass over all units, and inner products from the factors of their gradients. Needs units that do not
+  influence one another; that is checked.
 * ``vmap``: all units at once through torch.func. Needs a module that torch.func can transform and units of one shape.
 * ``loop``: one autograd pass a unit. Works wherever training works.
 """
@@ -9,13 +11,14 @@ Each engine is a function of an objective and units, and all give the same numbe
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_gradconf.engines import loop, vmap
+from lightning_gradconf.engines import ghost, loop, vmap
 from lightning_gradconf.engines.layers import MeasuredLayers
 from lightning_gradconf.engines.objective import LossFn, Objective, objective
 from lightning_gradconf.isolation import untouched
@@ -51,7 +54,8 @@ def gradient_gram(
         batch: Any nesting of tuples, lists, mappings and dataclasses of tensors with the samples on dimension 0; their
             number must be a multiple of ``unit_size``.
         unit_size: Samples behind each gradient.
-        engine: ``"vmap"`` takes all units at once, ``"loop"`` one after the other; ``"auto"`` is the fastest that can.
+        engine: ``"ghost"`` takes one pass over all units and forms no gradients, ``"vmap"`` forms all at once,
+            ``"loop"`` one after the other; ``"auto"`` is the first of them that can.
         chunk_size: How many units ``vmap`` differentiates at once; None is all of them.
         parameters: Glob patterns on the names of parameters; None is all that require grad.
         dropout: Leave dropout on, with masks of its own for each unit.
@@ -92,30 +96,44 @@ def gram_of_units(
     engine: str = "auto",
     chunk_size: int | None = None,
     dropout: bool = False,
+    memory: ghost.Memory | None = None,
 ) -> tuple[dict[str, Tensor], str]:
     """Return the Gram of each parameter, and the name of the engine that made them.
 
-    ``unit_size`` is the samples in each unit, None if they cannot be told. With ``engine="auto"``, what torch.func
-    cannot transform goes through the loop; the reason is logged once.
+    ``unit_size`` is the samples in each unit, None if they cannot be told. With ``engine="auto"``, what cannot be
+    measured in one pass goes through torch.func, and what torch.func cannot transform through the loop; the reason is
+    logged once. Give the same ``memory`` to all measurements of a run.
     """
-    if engine not in ("auto", "vmap", "loop"):
-        raise ValueError(f"engine={engine!r} is not available; choose 'auto', 'vmap' or 'loop'")
+    engines: dict[str, Callable[[], dict[str, Tensor]]] = {
+        "ghost": lambda: ghost.unit_grams(target, units, unit_size, memory),
+        "vmap": lambda: contract(vmap.unit_gradients(target, units, chunk_size)),
+        "loop": lambda: contract(loop.unit_gradients(target, units)),
+    }
+    if engine != "auto" and engine not in engines:
+        raise ValueError(f"engine={engine!r} is not one of 'auto', {', '.join(map(repr, engines))}")
+    reasons = []
     with MeasuredLayers(running_statistics=unit_size == 1, dropout=dropout):
-        if engine in ("auto", "vmap"):
+        for name in engines if engine == "auto" else [engine]:
+            if name == "ghost" and engine == "auto" and (len(units) < 2 or dropout):
+                continue  # a mask for all units is not the mask of each
             try:
-                with untouched(target.module):  # a pass that fails halfway may leave torch.func's tensors behind
-                    return contract(vmap.unit_gradients(target, units, chunk_size)), "vmap"
+                # A pass that fails halfway may leave half a state to the next one; one that has worked may be trusted.
+                tentative = engine == "auto" and name != "loop" and not (memory and name == memory.engine)
+                with untouched(target.module) if tentative else nullcontext():
+                    grams = engines[name]()
+                break
             except Exception as error:
-                if engine == "vmap":
+                if name == "loop" or engine != "auto":
                     raise
-                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-        grams = contract(loop.unit_gradients(target, units))
-    if engine == "auto":  # only now: an error that is the user's own has come up again in the loop
+                reasons.append(f"{name}: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}")
+    if reasons:  # only now: an error that is the user's own has come up again in the loop
         _say_once(
-            f"{type(target.module).__name__} is measured with one backward pass a unit, since torch.func cannot "
-            f"transform it ({reason}). Pass engine='loop' to choose this without trying."
+            f"{type(target.module).__name__} is measured with engine={name!r}, as faster ones do not apply "
+            f"({'; '.join(reasons)}). Pass engine={name!r} to choose this without trying."
         )
-    return grams, "loop"
+    if memory is not None:
+        memory.engine = name
+    return grams, name
 
 
 def contract(rows: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,230 @@
+"""Whether one pass over all units may be believed: what has to be checked again, on which units, and how closely."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lightning_gradconf.engines import graph as graphs
+from lightning_gradconf.engines.graph import Graph
+from lightning_gradconf.engines.nodes import dtypes, saved
+
+Signature = Hashable
+
+# Between the last parameters and the loss, these treat all samples alike, whatever the data: NllLoss by `equalise`.
+_ALIKE = {
+    "AbsBackward0", "AddBackward0", "AdaptiveAvgPool2DBackward0", "AliasBackward0", "AvgPool2DBackward0",
+    "CloneBackward0", "ExpBackward0", "GeluBackward0", "HuberLossBackward0", "LogBackward0", "LogSoftmaxBackward0",
+    "MeanBackward0", "MeanBackward1", "MseLossBackward0", "NegBackward0", "NllLoss2DBackward0", "NllLossBackward0",
+    "PermuteBackward0", "PowBackward0", "ReluBackward0", "ReshapeAliasBackward0", "SelectBackward0",
+    "SigmoidBackward0", "SliceBackward0", "SmoothL1LossBackward0", "SoftmaxBackward0", "SqueezeBackward0",
+    "SqueezeBackward1", "SubBackward0", "SumBackward0", "SumBackward1", "TanhBackward0", "ToCopyBackward0",
+    "TransposeBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0", "ViewBackward0",
+}  # fmt: skip
+_PRODUCTS = {"MulBackward0", "DivBackward0"}
+# These may carry values from one unit to another, depending on the data: along one dimension, or anywhere.
+_ALONG = {"IndexSelectBackward0", "GatherBackward0", "SortBackward0", "TopkBackward0", "CumsumBackward0"}
+_ANYWHERE = ("Index", "Gather", "Scatter", "MaskedS", "Take", "PackPadded", "Sort", "Topk", "Put", "Unique")
+
+
+def signature(graph: Graph, n: int, k: int) -> Signature:
+    """Return what must be the same for an earlier calibration to hold."""
+    uses = frozenset((tuple(sorted(use.free.leaves)), use.slot, use.node.name()) for use in graph.uses)
+    weighted = any(_weights_by_unit(node, n) is not None for node in graph.tail)
+    return n, k, uses, frozenset(node.name() for node in graph.tail), weighted
+
+
+def constants(graph: Graph) -> tuple[float, ...]:
+    """Return the numbers that the loss is multiplied or divided by."""
+    values = (_constant(node) for node in graph.tail if node.name() in _PRODUCTS)
+    return tuple(sorted(float(value) for value in values if value is not None and value.numel() == 1))
+
+
+def epsilon(graph: Graph) -> float:
+    """Return the least precision of any result in the graph."""
+    kinds = {dtype for node in graph.nodes for dtype in dtypes(node) if dtype.is_floating_point}
+    return max((torch.finfo(dtype).eps for dtype in kinds), default=0.0)
+
+
+def is_proven(graph: Graph) -> bool:
+    """Whether the graph leaves no room for the data to weigh units differently, or to mix them at times."""
+    for node in graph.tail:
+        name = node.name()
+        if name in _PRODUCTS:
+            value = _constant(node)
+            if value is not None and value.numel() != 1:
+                return False
+        elif name not in _ALIKE:
+            return False
+    return not any(isinstance(node, BackwardCFunction) for node in graph.nodes)
+
+
+def carries_between_units(graph: Graph, n: int, k: int) -> str | None:
+    """Return the name of a node that moves values by indices, if these may lead from one unit to another."""
+    uses = {use.node for use in graph.uses}
+    for node in graph.nodes:
+        name = node.name()
+        if node in uses or not (name in _ALONG or name.startswith(_ANYWHERE)):
+            continue
+        if name in _ALONG:
+            sizes = graphs.shape(node.next_functions[0]) if node.next_functions[0][0] is not None else ()
+            if sizes and sizes[saved(node, "dim")] % (n * k):
+                continue
+        elif name == "IndexBackward0" and _stays_inside(node, n, k):
+            continue
+        return name
+    return None
+
+
+def _stays_inside(node: Node, n: int, k: int) -> bool:
+    """Whether indexing leaves every value in its unit, wherever the units may lie."""
+    sizes = saved(node, "self_sym_sizes")
+    for axis, index in enumerate(saved(node, "indices")):
+        if index is None or sizes[axis] % (n * k):
+            continue
+        rows = index.shape[0] if index.dim() else 0
+        if axis != 0 or not rows or rows % n:
+            return False
+        unit = torch.arange(rows, device=index.device) // (rows // n)
+        unit = unit.view(-1, *[1] * (index.dim() - 1))
+        if not bool(((index % sizes[0]) // (sizes[0] // n) == unit).all()):
+            return False
+    return True
+
+
+def _constant(node: Node) -> Tensor | None:
+    """The operand of a product that is not differentiated."""
+    operands = list(zip(node.next_functions, ("self", "other"), strict=False))
+    if len(operands) == 2 and sum(child is None for (child, _), _ in operands) == 1:
+        value: Tensor | None = saved(node, next(name for (child, _), name in operands if child is None))
+        return value
+    return None
+
+
+def equalise(graph: Graph, n: int) -> None:
+    """Let each unit count as much as any other in a mean over targets, however many of its targets are ignored."""
+    for node in graph.tail:
+        if (weights := _weights_by_unit(node, n)) is not None:
+            node.register_hook(_rescale(weights.sum() / (n * weights)))
+
+
+def _rescale(factors: Tensor) -> Callable[[tuple[Tensor | None, ...], Any], tuple[Tensor | None, ...]]:
+    def hook(inputs: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
+        first, *rest = inputs
+        if first is None:
+            return inputs
+        rows = first.reshape(len(factors), -1)
+        return ((rows * factors.to(rows)[:, None]).view_as(first), *rest)
+
+    return hook
+
+
+def _weights_by_unit(node: Node, n: int) -> Tensor | None:
+    """How much the targets of each unit weigh in a mean, or None where all weigh the same."""
+    if node.name() not in ("NllLossBackward0", "NllLoss2DBackward0") or saved(node, "reduction") != 1:
+        return None
+    target, weight, ignored = saved(node, "target"), saved(node, "weight"), saved(node, "ignore_index")
+    if target.dim() == 0 or target.shape[0] % n:
+        return None
+    counts = target != ignored
+    if weight is not None:
+        counts = counts * weight[target.masked_fill(~counts, 0)]
+    sums = counts.reshape(n, -1).sum(1, dtype=torch.float64)
+    return None if bool((sums == sums[0]).all()) else sums
+
+
+def extremes(total: Tensor, live: Tensor | None, count: int) -> list[int]:
+    """Return units that differ most: in how much of them reaches the loss, and in the size of their gradients.
+
+    A factor that depends on the unit, such as the share of padding, is seen on these if on any.
+    """
+    norms = total.diagonal()
+    live = torch.zeros_like(norms) if live is None else live
+    order = sorted(range(len(norms)), key=lambda i: (float(norms[i]) > 0, float(live[i]), float(norms[i])))
+    order = [i for i in order if float(norms[i]) > 0] or order
+    ends = [order[0], order[-1], order[len(order) // 2], order[len(order) // 3]]
+    return sorted(list(dict.fromkeys(ends))[:count])
+
+
+def fits(gram: Tensor, truth: Tensor, total: Tensor, epsilon: float, strictly: bool) -> bool:
+    """Whether a Gram is the true one, up to rounding errors of gradients with the Gram ``total``.
+
+    In float32 a ReLU near zero may open in one pass and not in the other, and that is felt in all layers below. So not
+    every comparison can be made ``strictly``.
+    """
+    tight, loose = {torch.float64: (1e-9, 1e-9), torch.float32: (5e-4, 5e-2)}.get(_dtype_of(epsilon), (5e-2, 3e-1))
+    relative = tight if strictly else loose
+    absolute = noise(epsilon)
+    own, all_ = truth.diagonal().clamp_min(0).sqrt(), total.diagonal().clamp_min(0).sqrt()
+    mixed = absolute * own.outer(all_)
+    allowed = relative * own.outer(own) + mixed + mixed.T + absolute**2 * all_.outer(all_)
+    return bool(((gram - truth).abs() <= allowed).all())
+
+
+def negligible(gram: Tensor, total: Tensor, epsilon: float) -> bool:
+    """Whether gradients are nothing but rounding errors of gradients with the Gram ``total``."""
+    return bool((gram.diagonal() <= noise(epsilon) ** 2 * total.diagonal()).all())
+
+
+def noise(epsilon: float) -> float:
+    """Rounding errors of a gradient, relative to the norm of the gradient of all parameters."""
+    return min(100 * epsilon, 1e-2)
+
+
+def _dtype_of(epsilon: float) -> torch.dtype:
+    kinds = {torch.finfo(dtype).eps: dtype for dtype in (torch.float64, torch.float32)}
+    return kinds.get(epsilon, torch.bfloat16)
+
+
+class Reads(TorchFunctionMode):
+    """Notices where Python looks at the values of tensors, and may act on what it sees.
+
+    Attributes:
+        happened: A value was read.
+        branched: The truth of something that depends on parameters was asked for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.happened = self.branched = False
+        self._listens = True
+        self._computed = WeakIdKeyDictionary()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call ``func``, and remember which results without a gradient depend on parameters all the same."""
+        result = func(*args, **(kwargs or {}))
+        if not self._listens or func in _QUIET:
+            return result
+        if func in _READS or (isinstance(result, bool) and func in _TESTS):
+            self.happened = True
+            if isinstance(result, bool) and self._depends(args):
+                self.branched = True
+        elif isinstance(result, Tensor) and not result.requires_grad and self._depends(args, kwargs):
+            self._computed[result] = True
+        return result
+
+    def stop(self) -> None:
+        """Notice nothing from now on."""
+        self._listens = False
+
+    def _depends(self, args: Iterable[Any], kwargs: Mapping[str, Any] | None = None) -> bool:
+        values = chain(args, (kwargs or {}).values())
+        return any(isinstance(v, Tensor) and (v.requires_grad or v in self._computed) for v in values)
+
+
+_READS = {
+    Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.__complex__, Tensor.__contains__,
+    Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__,
+}  # fmt: skip
+_TESTS = {torch.equal, torch.allclose, torch.is_nonzero, Tensor.equal, Tensor.allclose, Tensor.is_nonzero}
+_QUIET: set[Any] = {Tensor.shape.__get__, Tensor.requires_grad.__get__, Tensor.dtype.__get__, Tensor.device.__get__}  # type: ignore[attr-defined]
