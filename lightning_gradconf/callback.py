@@ -313,8 +313,7 @@ class GradientConfusionCallback(Callback):
         self._pending = False
         self._measured_at = step
         self._failures = 0
-        # An error in a logger is of one rank alone, so it must not count among those that all ranks share.
-        self._guarded(lambda: self._log(trainer, pl_module, grams, unit_size, step), counts=False)
+        self._guarded(lambda: self._log(trainer, pl_module, grams, unit_size, step), logging=True)
 
     def _units(self, trainer: Trainer, pl_module: LightningModule, step: int) -> list[Any]:
         """The units of this rank that there are to measure, as many as this run compares at most."""
@@ -394,21 +393,26 @@ class GradientConfusionCallback(Callback):
             )
         return self._enabled
 
-    def _guarded(self, action: Callable[[], None], counts: bool = True) -> None:
+    def _guarded(self, action: Callable[[], None], logging: bool = False) -> None:
         """Run a part of a measurement; an error in it never reaches the training."""
         try:
             action()
         except Exception as error:
-            self._failures += counts
-            self._pending = False
-            if self._failures >= _MAX_FAILURES:
-                self._enabled = False
             first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+            what, advice = "logging a measurement failed", "The values are in last_statistics."
+            if not logging:  # of which a logger's rank alone knows, so it cannot switch anything off
+                self._failures += 1
+                self._pending = False
+                self._enabled = self._failures < _MAX_FAILURES
+                what, advice = (
+                    "a measurement failed",
+                    (
+                        f"After {_MAX_FAILURES} failures in a row it stops trying; to see the whole error, run "
+                        "gradient_gram on this module and a batch."
+                    ),
+                )
             self._warn_once(
-                f"a measurement failed and training goes on as without it. {type(error).__name__}: {first}. After "
-                f"{_MAX_FAILURES} failures in a row it stops trying; to see the whole error, run gradient_gram on "
-                "this module and a batch.",
-                all_ranks=True,
+                f"{what} and training goes on as without it. {type(error).__name__}: {first}. {advice}", all_ranks=True
             )
 
     def _warn_once(self, message: str, detail: str = "", all_ranks: bool = False) -> None:

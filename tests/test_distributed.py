@@ -93,7 +93,11 @@ RUNS = {
     **{f"broken {stage}": {"confusion": EVERY | {"engine": "loop"}, "fail": stage} for stage in STAGES},
 }  # fmt: skip
 # Lightning starts the ranks of FSDP by running the script again, so that there is one run in a script.
-FSDP = {"fsdp, without": {"strategy": "fsdp2"}, "fsdp, with": {"strategy": "fsdp2", "confusion": EVERY}}
+FSDP = {
+    f"fsdp, accumulate {accumulate}, {word}": {"strategy": "fsdp2", "accumulate": accumulate} | confusion
+    for accumulate in (1, 2)
+    for word, confusion in {"without": {}, "with": {"confusion": EVERY}}.items()
+}
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +159,10 @@ def test_one_rank_failing_leaves_all_training(stage, left):
         assert "gram" not in measured[0]
 
 
-def test_fsdp_is_switched_off_with_one_warning(left):
-    measured = left("fsdp, with")
-    assert_no_trace(left("fsdp, without"), measured)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_fsdp_is_switched_off_with_one_warning(accumulate, left):
+    measured = left(f"fsdp, accumulate {accumulate}, with")
+    assert_no_trace(left(f"fsdp, accumulate {accumulate}, without"), measured)
     (message,) = measured[0]["warnings"]
     assert "ModelParallelStrategy is not supported yet" in message
     assert measured[0]["ours"] == [] and "gram" not in measured[0]

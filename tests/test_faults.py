@@ -107,7 +107,7 @@ FUNCTIONS: dict[str, tuple[Any, str]] = {
 }
 STAGES = [
     *((stage, "auto") for stage in (*FUNCTIONS, "on_train_batch_start", "pl_module.log", "logger")),
-    *((stage, engine) for stage in ("forward", "backward") for engine in ("vmap", "loop")),
+    *((stage, engine) for stage in ("forward", "backward") for engine in ("auto", "vmap", "loop")),
 ]
 
 
