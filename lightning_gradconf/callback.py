@@ -18,7 +18,15 @@ from lightning_gradconf.distributed import minimum, on_all_ranks, world_size
 from lightning_gradconf.engines import Engine, gram_of_units
 from lightning_gradconf.engines.ghost import Memory
 from lightning_gradconf.engines.objective import objective
-from lightning_gradconf.probe import digests, no_trace, prepare_step, reason_not_to_measure, step_loss
+from lightning_gradconf.probe import (
+    digests,
+    no_trace,
+    prepare_step,
+    reason_not_to_measure,
+    reason_not_to_ride,
+    step_loss,
+)
+from lightning_gradconf.riding import Rider
 from lightning_gradconf.statistics import gradient_statistics, min_cosine, pairwise_cosines, statistic_names
 from lightning_gradconf.units import copy_of
 
@@ -58,7 +66,10 @@ class GradientConfusionCallback(Callback):
             ``every_n_epochs``) of the most recent ones; ``"fresh"`` draws from the training dataset each time;
             ``"fixed"`` draws once; a DataLoader gives its first samples each time.
         engine: How gradients are computed; see `gradient_gram`. All give the same numbers.
-        reuse_backward: Ride on the backward pass of training. Not available yet.
+        reuse_backward: Read the gradients off the training step's own backward pass, with its own dropout masks,
+            instead of taking another pass. The first measurement takes one all the same, and so do modules of
+            which a sample's gradient cannot be read there, with BatchNorm in training mode for example;
+            docs/engines.md lists them.
         chunk_size: Units differentiated at once by ``vmap``.
         parameters: Glob patterns on names of parameters; None is all that require grad.
         loss_fn: ``loss_fn(module, batch)``, instead of ``training_step``. Needed with manual optimization.
@@ -139,8 +150,13 @@ class GradientConfusionCallback(Callback):
             raise ValueError(f"engine={engine!r} is not one of {', '.join(map(repr, get_args(Engine)))}")
         if loss_fn is not None and not callable(loss_fn):
             raise ValueError(f"loss_fn={loss_fn!r} is not a function of a module and a batch")
-        if reuse_backward:
-            raise ValueError("reuse_backward=True is not available in this release; leave it False")
+        if reuse_backward and (source != "current" or unit_size == "batch" or every_n_epochs is not None):
+            raise ValueError(
+                "reuse_backward=True measures samples of the batch in training; it needs source='current', a number as "
+                "unit_size, and no every_n_epochs"
+            )
+        if reuse_backward and engine not in ("auto", "ghost"):
+            raise ValueError(f"reuse_backward=True is a way of engine='ghost'; it does not go with engine={engine!r}")
         if figures and find_spec("matplotlib") is None:
             raise ValueError('figures=True needs matplotlib: pip install "lightning_gradconf[plots]"')
         if not isinstance(prefix, str) or not prefix:
@@ -151,6 +167,7 @@ class GradientConfusionCallback(Callback):
         self.unit_size = unit_size
         self.source = source
         self.engine = engine
+        self.reuse_backward = reuse_backward
         self.chunk_size = chunk_size
         self.parameters = parameters
         self.loss_fn = loss_fn
@@ -185,6 +202,8 @@ class GradientConfusionCallback(Callback):
         self._fixed: list[Any] | None = None
         self._measured_at: int | None = None
         self._memory: Memory | None = None
+        self._rider: Rider | None = None
+        self._riding_at: int | None = None
         self._failures = 0
         self._warned: set[str] = set()
 
@@ -202,6 +221,9 @@ class GradientConfusionCallback(Callback):
         self._enabled = reason is None
         if reason is not None:
             self._warn_once(f"measures nothing in this run. {reason}.")
+        elif self.reuse_backward:
+            refused = reason_not_to_ride(pl_module, self.loss_fn)
+            self._rider = Rider(self._memory, int(self.unit_size), self.parameters, refused)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure the weights before the step of this batch, if it is time."""
@@ -210,15 +232,36 @@ class GradientConfusionCallback(Callback):
         due = self._pending or (self.every_n_epochs is None and self._step_is_due(trainer))
         if due and self._measured_at == _step(trainer):  # while gradients accumulate, the step stays the same
             due = self._pending = False
+        self._riding_at = None
+        if self._rider is not None and self._rider.expect(batch, self._n if due else None):
+            self._riding_at = _step(trainer)
+            return
         if self.source == "current" and (due or self._rolling):
             self._collect(trainer, pl_module, batch)
         if due and self._full(pl_module):
             self._guarded(lambda: self._measure(trainer, pl_module, batch, batch_idx))
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Ride on this backward pass, if it is time."""
+        if self._rider is not None:
+            self._rider.on_before_backward(trainer, pl_module, loss)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Get off."""
+        if self._rider is not None:
+            self._rider.on_after_backward()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Get off where a backward pass broke off."""
+        if self._rider is not None:
+            self._rider.leave()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measure the weights at the end of an epoch, if it is time."""
+        """Measure the weights at the end of an epoch, if it is time, and log what the step has brought."""
+        if self._rider is not None:
+            self._guarded(lambda: self._arrive(trainer, pl_module))
         if not self._enabled or self.every_n_epochs is None or trainer.fit_loop._skip_backward:
             return
         finished = trainer.is_last_batch or trainer.global_step == trainer.max_steps
@@ -233,7 +276,7 @@ class GradientConfusionCallback(Callback):
                 "too few. Lower num_units or unit_size, or train longer."
             )
         self._recent.clear()
-        self._fixed = self._memory = None
+        self._fixed = self._memory = self._rider = None
 
     def _every(self, trainer: Trainer) -> int:
         logged = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
@@ -301,6 +344,8 @@ class GradientConfusionCallback(Callback):
                     grams, used = distributed.gram_of_units(*how, device)
                 else:
                     grams, used = gram_of_units(*how, self._memory)
+                if self._rider is not None and any(given):
+                    self._rider.try_out(target, batch, n if used == "ghost" else 0)
         if before and not self._verified(before, digests(trainer, pl_module), device):
             return
         if not enough:
@@ -314,6 +359,23 @@ class GradientConfusionCallback(Callback):
         self._measured_at = step
         self._failures = 0
         self._guarded(lambda: self._log(trainer, pl_module, grams, unit_size, step), logging=True)
+
+    def _arrive(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what was measured on the way, at the step whose weights it belongs to."""
+        assert self._rider is not None
+        grams, step = self._rider.result(), self._riding_at
+        if step is None:
+            return
+        self._pending = True  # until there is a measurement
+        overflow = (
+            getattr(trainer.precision_plugin, "scaler", None) is not None
+            and grams is not None
+            and not all(bool(gram.isfinite().all()) for gram in grams.values())
+        )
+        if grams is None or overflow:  # a GradScaler tries scales that are too large
+            return
+        self._pending, self._measured_at, self._failures = False, step, 0
+        self._guarded(lambda: self._log(trainer, pl_module, grams, int(self.unit_size), step), logging=True)
 
     def _units(self, trainer: Trainer, pl_module: LightningModule, step: int) -> list[Any]:
         """The units of this rank that there are to measure, as many as this run compares at most."""

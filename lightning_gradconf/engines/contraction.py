@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 
@@ -332,6 +332,20 @@ def gram_of_sum(parts: Sequence[Contribution], work: Workspace) -> Tensor:
 def whole(part: Contribution) -> Tensor:
     """Return the gradients themselves, ``(n, numel)``."""
     return part.block(0, part.major).flatten(1)
+
+
+def head(part: Contribution, n: int) -> Contribution:
+    """Return the gradients of the first n units."""
+    match part:
+        case Dense():
+            return Dense(part.gradients[:n])
+        case Rows():
+            return Rows(part.left[:, :n], part.right[:, :n])
+        case Lookup():
+            return Lookup(part.index[:n], part.values[:n], part.major)
+        case Patches():
+            samples = n * (len(part.input) // part.n)
+            return replace(part, input=part.input[:samples], delta=part.delta[:samples], n=n)
 
 
 def by_blocks(part: Contribution, block: Callable[[int, int], Tensor] | None = None) -> Tensor:

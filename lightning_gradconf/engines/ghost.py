@@ -10,8 +10,8 @@ units, for each parameter, whenever the graph changes (`_calibrate`).
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge, Node
 from lightning_gradconf import units as batches
 from lightning_gradconf.engines import graph as graphs
 from lightning_gradconf.engines import loop, trust, vmap
-from lightning_gradconf.engines.contraction import Contribution, Dense, Rows, Workspace, gram_of_sum, whole
+from lightning_gradconf.engines.contraction import Contribution, Dense, Rows, Workspace, gram_of_sum, head, whole
 from lightning_gradconf.engines.graph import Graph, Use
 from lightning_gradconf.engines.nodes import shapes, variable
 from lightning_gradconf.engines.objective import Objective, accumulation_dtype
@@ -31,6 +31,7 @@ from lightning_gradconf.engines.trust import Reads, Signature
 from lightning_gradconf.isolation import without_warnings
 
 Grams = dict[str, Tensor]
+Receiver = Callable[[Sequence[Tensor | None]], None]
 _GUESSES = 6
 _SAMPLES = 4
 _KEPT = 1 << 22  # elements of the copies that are kept between measurements
@@ -59,6 +60,7 @@ class Memory:
         routes: For each graph met, the route of each parameter.
         unseen: For each graph met, the parameters that had no gradient when they were to be checked.
         constants: For each graph met, what the loss was multiplied or divided by.
+        kinds: For each graph met that leaves no room for the data to weigh units, how many nodes of each kind it has.
         work: What contractions share.
         copies: Of the module's tensors, if they are small: to write to old memory is faster.
         engine: Which engine measured last.
@@ -68,6 +70,7 @@ class Memory:
     routes: dict[Signature, dict[str, Route]] = field(default_factory=dict)
     unseen: dict[Signature, set[str]] = field(default_factory=dict)
     constants: dict[Signature, tuple[float, ...]] = field(default_factory=dict)
+    kinds: dict[Signature, Counter[str]] = field(default_factory=dict)
     work: Workspace = field(default_factory=Workspace)
     copies: dict[str, Tensor] = field(default_factory=dict)
     engine: str | None = None
@@ -97,6 +100,7 @@ class Pass:
         signature: What the graph looks like.
         proven: Whether the factor between a unit's contribution and its gradient cannot depend on the data.
         constants: What the loss is multiplied or divided by.
+        kinds: How many nodes of each kind there are.
         top: Parameters with no other parameter between one of their uses and the loss.
         live: How many results of each unit reach the loss.
     """
@@ -105,6 +109,7 @@ class Pass:
     proven: bool
     constants: tuple[float, ...]
     epsilon: float
+    kinds: Counter[str]
     grams: Grams = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     guesses: dict[str, int] = field(default_factory=dict)
@@ -122,7 +127,7 @@ class Sample:
     def fits(self, found: Pass, name: str, scale: float, strictly: bool) -> bool:
         """Whether the Gram of a parameter that a pass found is the true one on these units."""
         gram = found.grams[name][self.units][:, self.units] * scale**2
-        return trust.fits(gram, self.grams[name], _total(self.grams), found.epsilon, strictly)
+        return trust.fits(gram, self.grams[name], sum_of(self.grams), found.epsilon, strictly)
 
 
 def unit_grams(
@@ -152,9 +157,13 @@ def unit_grams(
         try:
             found, routes = _calibrate(objective, units, unit_size, memory, found)
         except RuntimeError as error:
-            if not found.grams or _total(found.grams).isfinite().all():  # otherwise it may do next time
+            if not found.grams or sum_of(found.grams).isfinite().all():  # otherwise it may do next time
                 memory.refused = str(error)
             raise
+    if found.proven:
+        memory.kinds[found.signature] = found.kinds
+    else:
+        memory.kinds.pop(found.signature, None)
     scaled = {
         name: gram * routes[name].scale ** 2 for name, gram in found.grams.items() if routes[name].guess is not None
     }
@@ -178,16 +187,16 @@ def _measure(
         if not loss.requires_grad:
             raise RuntimeError("the loss does not depend on any parameter")
         with torch._C.DisableTorchFunction():
-            graph = graphs.read(loss, leaves, size)
-            signature = trust.signature(graph, len(units), unit_size)
+            graph = graphs.read(loss.grad_fn, leaves, size)
+            signature, kinds = trust.signature(graph, len(units), unit_size), trust.kinds(graph)
             chosen = memory.routes.get(signature, {}) if routes is None else routes
             if free := {name for name, route in chosen.items() if route.free}:
-                graph = graphs.read(loss, leaves, size, free)
+                graph = graphs.read(loss.grad_fn, leaves, size, free)
             if (carrier := trust.carries_between_units(graph, len(units), unit_size)) is not None:
                 raise RuntimeError(f"{carrier} may carry values from one unit to another, depending on the data")
             trust.equalise(graph, len(units))
             proven = trust.is_proven(graph) and not reads.happened
-            found = Pass(signature, proven, trust.constants(graph), trust.epsilon(graph))
+            found = Pass(signature, proven, trust.constants(graph), trust.epsilon(graph), kinds)
         _differentiate(loss, leaves, graph, chosen, found, len(units), unit_size, memory)
         return found
 
@@ -209,6 +218,36 @@ def _differentiate(
     memory: Memory,
 ) -> None:
     """Run the backward pass and contract what it brings, as it comes."""
+    receivers, finish = collect(leaves, graph, routes, found, n, k, memory)
+    bottom = [GradientEdge(node, i) for node in graph.bottom for i in range(len(shapes(node)))]
+    hooks = [node.register_prehook(receivers[node]) for node in receivers.keys() - set(graph.bottom)]
+    try:
+        captured = _run_backward(loss, tuple(bottom)) if bottom else ()
+        by_node: dict[Node, list[Tensor | None]] = defaultdict(list)
+        for edge, delta in zip(bottom, captured, strict=True):
+            by_node[edge.node].append(delta)
+        for node, deltas in by_node.items():
+            receivers[node](deltas)
+    finally:
+        for hook in hooks:  # a node, its hook and what the hook knows of the graph would keep one another alive
+            hook.remove()
+    finish()
+
+
+def collect(
+    leaves: Mapping[str, Tensor],
+    graph: Graph,
+    routes: dict[str, Route],
+    found: Pass,
+    n: int,
+    k: int,
+    memory: Memory,
+    first: int | None = None,
+) -> tuple[dict[Node, Receiver], Callable[[], None]]:
+    """Return what each node with a use shall do with the gradients of its results, and what comes in the end.
+
+    After that ``found`` has the Grams, of all n units or only of the ``first`` of them.
+    """
     uses_of: dict[Node, list[Use]] = defaultdict(list)
     waiting: dict[str, int] = defaultdict(int)
     for use in graph.uses:
@@ -217,7 +256,7 @@ def _differentiate(
             waiting[name] += 1
     parts: dict[str, list[Contribution]] = defaultdict(list)
     pulled: dict[GradientEdge, Tensor] = {}
-    by_pull = _to_pull(graph)
+    by_pull = to_pull(graph)
     top = {child for node in graph.tail for child, _ in node.next_functions if child in uses_of}
 
     def receive(node: Node, deltas: Sequence[Tensor | None]) -> None:
@@ -236,6 +275,8 @@ def _differentiate(
                     part = contribution(node, use.slot, delta, graphs.shape(use.source), units)
                     if node in top and isinstance(part, Rows):
                         _count_live(found, part, use.slot)
+                    if first is not None:
+                        part = head(part, first)
                     if names & by_pull:
                         node_below, number = use.source
                         assert node_below is not None
@@ -253,23 +294,17 @@ def _differentiate(
                 if not waiting[name] and parts[name]:
                     found.grams[name] = gram_of_sum(parts.pop(name), memory.work)
 
-    bottom = [GradientEdge(node, i) for node in graph.bottom for i in range(len(shapes(node)))]
-    hooks = [node.register_prehook(_hook(receive, node)) for node in uses_of.keys() - set(graph.bottom)]
-    try:
-        captured = _run_backward(loss, tuple(bottom)) if bottom else ()
-        by_node: dict[Node, list[Tensor | None]] = defaultdict(list)
-        for edge, delta in zip(bottom, captured, strict=True):
-            by_node[edge.node].append(delta)
-        for node, deltas in by_node.items():
-            _hook(receive, node)(deltas)
-    finally:
-        for hook in hooks:  # a node, its hook and what the hook knows of the graph would keep one another alive
-            hook.remove()
-    if pulled:
-        _pull(pulled, {name: leaves[name] for name in by_pull if name not in found.missing}, found, n)
-    for name, leaf in leaves.items():
-        if name not in found.grams and name not in found.missing and routes.get(name, Route()).guess is not None:
-            found.grams[name] = torch.zeros(n, n, dtype=accumulation_dtype(leaf), device=leaf.device)
+    def finish() -> None:
+        for name in [name for name in parts if parts[name] and name not in found.missing]:
+            found.grams[name] = gram_of_sum(parts.pop(name), memory.work)  # not all of its uses had a gradient
+        if pulled:
+            _pull(pulled, {name: leaves[name] for name in by_pull if name not in found.missing}, found, first or n)
+        for name, leaf in leaves.items():
+            if name not in found.grams and name not in found.missing and routes.get(name, Route()).guess is not None:
+                shape = (first or n,) * 2
+                found.grams[name] = torch.zeros(shape, dtype=accumulation_dtype(leaf), device=leaf.device)
+
+    return {node: _hook(receive, node) for node in uses_of}, finish
 
 
 def _run_backward(loss: Tensor, edges: tuple[GradientEdge, ...]) -> tuple[Tensor | None, ...]:
@@ -282,9 +317,7 @@ def _run_backward(loss: Tensor, edges: tuple[GradientEdge, ...]) -> tuple[Tensor
     return gradients
 
 
-def _hook(
-    receive: Callable[[Node, Sequence[Tensor | None]], None], node: Node
-) -> Callable[[Sequence[Tensor | None]], None]:
+def _hook(receive: Callable[[Node, Sequence[Tensor | None]], None], node: Node) -> Receiver:
     def hook(deltas: Sequence[Tensor | None]) -> None:
         if all(delta is None for delta in deltas):
             return
@@ -295,7 +328,7 @@ def _hook(
     return hook
 
 
-def _to_pull(graph: Graph) -> set[str]:
+def to_pull(graph: Graph) -> set[str]:
     """The parameters whose gradients come out of the free part of the graph, where it is more than a rearrangement."""
     layouts: dict[str, list[Any]] = defaultdict(list)
     for use in graph.uses:
@@ -353,7 +386,7 @@ def _still_right(
     objective: Objective, units: Sequence[Any], found: Pass, routes: dict[str, Route], memory: Memory
 ) -> bool:
     """Whether what was calibrated before holds for these units too."""
-    total = _total(found.grams)
+    total = sum_of(found.grams)
     if not all(trust.negligible(found.grams[name], total, found.epsilon) for name in memory.unseen[found.signature]):
         return False
     if found.proven and found.constants == memory.constants[found.signature]:
@@ -373,7 +406,7 @@ def _calibrate(
     n, first = len(units), found
     if not found.grams:
         raise RuntimeError(next(iter(found.missing.values())))
-    total = _total(found.grams)
+    total = sum_of(found.grams)
     sample = _truth(objective, units, trust.extremes(total, found.live, 3))
     for _ in range(3):  # a parameter without a gradient on these units, such as an expert that none of them asked
         if (unit := _telling_unit(found, total, sample)) is None:
@@ -408,7 +441,7 @@ def _calibrate(
     first.grams = grams
     memory.routes[first.signature] = routes | {name: Route(None) for name in lost}
     memory.constants[first.signature] = first.constants
-    total = _total(grams)
+    total = sum_of(grams)
     memory.unseen[first.signature] = {
         name for name in grams if name in first.guesses and trust.negligible(grams[name], total, first.epsilon)
     }
@@ -440,14 +473,15 @@ def _agrees(
 def _telling_unit(found: Pass, total: Tensor, sample: Sample) -> int | None:
     """A unit on which a parameter has a gradient, if it has none on those checked."""
     for name, gram in found.grams.items():
-        silent = trust.negligible(sample.grams[name], _total(sample.grams), found.epsilon)
+        silent = trust.negligible(sample.grams[name], sum_of(sample.grams), found.epsilon)
         if silent and not trust.negligible(gram, total, found.epsilon):
             unit = int(gram.diagonal().argmax())
             return None if unit in sample.units else unit
     return None
 
 
-def _total(grams: Grams) -> Tensor:
+def sum_of(grams: Grams) -> Tensor:
+    """Return the Gram of the gradients of all parameters."""
     kinds = {gram.dtype for gram in grams.values()}
     return torch.stack([gram.to(max(kinds, key=lambda kind: kind.itemsize)) for gram in grams.values()]).sum(0)
 

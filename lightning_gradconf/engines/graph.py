@@ -6,14 +6,14 @@ A *use* is a node that takes a free tensor and data: there the batch enters, and
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lightning_gradconf.engines.nodes import shapes, variable
+from lightning_gradconf.engines.nodes import saved, shapes, unpacks, variable
 
 # How the entries of a free tensor lie compared with its parameter: in the same order, as the transposed matrix, or in
 # some other order. In all three cases inner products are those of the parameter.
@@ -28,6 +28,7 @@ _SELECT = {
     "SliceBackward0", "SelectBackward0", "SplitBackward0", "SplitWithSizesBackward0", "UnbindBackward0",
     "ChunkBackward0", "NarrowBackward0", "AsStridedBackward0",
 }  # fmt: skip
+_PART = {"SliceBackward0", "SelectBackward0", "NarrowBackward0"}
 _ELEMENTWISE = {"AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0"}
 # Their data is no operand that the graph knows of.
 _HIDDEN_OPERAND = {
@@ -64,7 +65,7 @@ class Graph:
         uses: In the order of the forward pass.
         bottom: Nodes with a use and none below them; nothing needs to be differentiated further than that.
         tail: All nodes between the loss and the first uses met from there.
-        nodes: All nodes that are no free tensors.
+        nodes: All nodes between the loss and any use.
     """
 
     uses: list[Use] = field(default_factory=list)
@@ -73,11 +74,11 @@ class Graph:
     nodes: list[Node] = field(default_factory=list)
 
 
-def read(loss: Tensor, leaves: dict[str, Tensor], batch: int, free: Collection[str] = ()) -> Graph:
-    """Return the uses of ``leaves`` in the graph of ``loss``.
+def read(root: Node | None, leaves: Mapping[str, Tensor], batch: int, free: Collection[str] = ()) -> Graph:
+    """Return the uses of ``leaves`` in the graph of a loss.
 
     Args:
-        loss: A scalar.
+        root: The node that computed the loss.
         leaves: The parameters, by name.
         batch: The number of samples, which tells a batched tensor from a free one.
         free: Parameters for which the first tensor that may be batched is taken to be free.
@@ -86,7 +87,7 @@ def read(loss: Tensor, leaves: dict[str, Tensor], batch: int, free: Collection[s
     graph = Graph()
     known: dict[Node, Free] = {}
     used: dict[Node, bool] = {}  # whether a node or one below it has a use
-    for node in _leaves_first(loss.grad_fn):
+    for node in _leaves_first(root):
         if (leaf := variable(node)) is not None:
             if (name := names.get(id(leaf))) is not None:
                 known[node] = Free(frozenset({name}), "same")
@@ -106,7 +107,8 @@ def read(loss: Tensor, leaves: dict[str, Tensor], batch: int, free: Collection[s
             graph.bottom.append(node)
         used[node] = below or bool(operands)
     with_use = {use.node for use in graph.uses}
-    graph.tail = _until(loss.grad_fn, with_use)
+    graph.tail = [node for node in _until(root, with_use) if used.get(node, False)]
+    graph.nodes = [node for node in graph.nodes if used[node]]
     return graph
 
 
@@ -163,6 +165,8 @@ def _stays_free(node: Node, batch: int, prefer: bool) -> bool:
 
 def _layout(node: Node, operand: Free) -> Layout | None:
     name = node.name()
+    if operand.layout is not None and (name in _PART or (name == "EmbeddingBackward0" and _looks_up_once(node))):
+        return "moved"  # and zeros elsewhere
     if operand.layout is None or name not in _SAME_ORDER | _REORDER:
         return None
     if name in _SAME_ORDER:
@@ -171,3 +175,12 @@ def _layout(node: Node, operand: Free) -> Layout | None:
     if len(shapes(node)[0]) == 2 and name != "PermuteBackward0":
         return {"same": "transposed", "transposed": "same", "moved": "moved"}[operand.layout]  # type: ignore[return-value]
     return "moved"
+
+
+def _looks_up_once(node: Node) -> bool:
+    """Whether an embedding takes different rows of its table, as that of positions does."""
+    if unpacks(node):  # a checkpoint can be unpacked only once
+        return False
+    index = saved(node, "indices")
+    padding = bool((index == saved(node, "padding_idx")).any()) or saved(node, "scale_grad_by_freq")
+    return not padding and len(index.unique()) == index.numel()

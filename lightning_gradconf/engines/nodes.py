@@ -6,6 +6,7 @@ PyTorch documents ``_saved_*`` in its notes on autograd, but promises none of th
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,6 +31,24 @@ def shapes(node: Node) -> list[tuple[int, ...]]:
 def dtypes(node: Node) -> list[torch.dtype]:
     """Return the types of the outputs of the operation that a node belongs to."""
     return [entry.dtype for entry in _attribute(node, "_input_metadata")]
+
+
+def unpacks(node: Node) -> bool:
+    """Whether code of someone else may run when a tensor that the node saved is read, as in an activation checkpoint.
+
+    Older releases of torch do not tell; then it may.
+    """
+    for name in _raw(type(node)):
+        tensors = getattr(node, name)
+        for tensor in tensors if isinstance(tensors, tuple | list) else (tensors,):
+            if tensor is not None and getattr(tensor, "unpack_hook", _raw) is not None:
+                return True
+    return False
+
+
+@lru_cache(maxsize=1024)
+def _raw(kind: type) -> list[str]:
+    return [name for name in dir(kind) if name.startswith("_raw_saved_")]
 
 
 def variable(node: Node) -> Tensor | None:

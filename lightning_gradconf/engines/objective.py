@@ -41,7 +41,7 @@ class Objective:
         def run(module: nn.Module) -> Result:
             loss = self.loss_fn(module, unit)
             _check_loss(loss)
-            return then(loss.reshape(()))
+            return then(loss.reshape(()) if loss.dim() else loss)
 
         swapped = {f"module.{name}": tensor for name, tensor in tensors.items()}
         return functional_call(_Caller(self.module), swapped, (run,))  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from itertools import chain
 from typing import Any
@@ -29,6 +30,7 @@ _ALIKE = {
     "SqueezeBackward1", "SubBackward0", "SumBackward0", "SumBackward1", "TanhBackward0", "ToCopyBackward0",
     "TransposeBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0", "ViewBackward0",
 }  # fmt: skip
+MASK = "product with data"
 _PRODUCTS = {"MulBackward0", "DivBackward0"}
 # These may carry values from one unit to another, depending on the data: along one dimension, or anywhere.
 _ALONG = {"IndexSelectBackward0", "GatherBackward0", "SortBackward0", "TopkBackward0", "CumsumBackward0"}
@@ -38,8 +40,32 @@ _ANYWHERE = ("Index", "Gather", "Scatter", "MaskedS", "Take", "PackPadded", "Sor
 def signature(graph: Graph, n: int, k: int) -> Signature:
     """Return what must be the same for an earlier calibration to hold."""
     uses = frozenset((tuple(sorted(use.free.leaves)), use.slot, use.node.name()) for use in graph.uses)
-    weighted = any(_weights_by_unit(node, n) is not None for node in graph.tail)
-    return n, k, uses, frozenset(node.name() for node in graph.tail), weighted
+    return n, k, uses, frozenset(node.name() for node in graph.tail), weighs_units(graph, n)
+
+
+def weighs_units(graph: Graph, n: int) -> bool:
+    """Whether units have different numbers of targets in a mean over targets."""
+    return any(_weights_by_unit(node, n) is not None for node in graph.tail)
+
+
+def kinds(graph: Graph) -> Counter[str]:
+    """Return how many nodes of each kind there are; a product with data and a batch norm in training are such kinds."""
+    found: Counter[str] = Counter()
+    for node in graph.nodes:
+        name = node.name()
+        if name == "MulBackward0" and any(child is None for child, _ in node.next_functions):
+            name = MASK
+        elif "BatchNorm" in name and _trains(node):
+            name = f"{name} in training"
+        found[name] += 1
+    return found
+
+
+def _trains(node: Node) -> bool:
+    try:
+        return bool(saved(node, "training"))
+    except LookupError:  # of a kind that only training has
+        return True
 
 
 def constants(graph: Graph) -> tuple[float, ...]:

@@ -1,0 +1,168 @@
+"""The Gram of the units from the backward pass that the training runs anyway.
+
+The nodes of the graph are given hooks that read the gradients which pass by; nothing is called, captured or changed.
+Which units the graph holds, and how, is known from an earlier measurement of the whole batch in one pass (`ghost`). So
+a graph that was not met then, or that leaves room for the data to weigh or mix units, is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from lightning_gradconf.engines import ghost, trust
+from lightning_gradconf.engines import graph as graphs
+from lightning_gradconf.engines.ghost import Grams, Memory, Pass
+from lightning_gradconf.engines.nodes import saved, unpacks
+
+# With dropout, nodes of these kinds come into the graph. They act on each number alone, so they mix nothing.
+_DROPOUT = {trust.MASK, "NativeDropoutBackward0", "FusedDropoutBackward0", "DropoutBackward0"}
+
+
+@dataclass
+class Ride:
+    """A backward pass that is listened to.
+
+    Attributes:
+        found: What it brings.
+        receivers: What to do at each node.
+        finish: Completes ``found`` after the backward pass.
+        scales: What turns a unit's contribution to the loss into its gradient, for each parameter.
+        unseen: Parameters that had no gradient when they were to be checked.
+        scale: What the training multiplied the loss by.
+        error: The first error in a hook.
+        handles: Of the hooks.
+    """
+
+    found: Pass
+    receivers: dict[Node, ghost.Receiver]
+    finish: Callable[[], None]
+    scales: dict[str, float]
+    unseen: set[str]
+    scale: Tensor | None = None
+    error: Exception | None = None
+    handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
+
+    def listen(self, root: Node) -> None:
+        """Register the hooks; ``root`` is the node that computed the loss of the module."""
+        self.handles.append(root.register_prehook(self._once(self._read_scale)))
+        self.handles += [node.register_prehook(self._once(hook)) for node, hook in self.receivers.items()]
+
+    def _read_scale(self, deltas: Sequence[Tensor | None]) -> None:
+        self.scale = None if deltas[0] is None else deltas[0].detach().clone()
+
+    def _once(self, hook: ghost.Receiver) -> ghost.Receiver:
+        """An error in ``hook`` must not reach the training, nor a second backward pass through the same graph us."""
+        called = False
+
+        def safe(deltas: Sequence[Tensor | None]) -> None:
+            nonlocal called
+            if called or self.error is not None:
+                return
+            called = True
+            try:
+                hook(deltas)
+            except Exception as error:
+                self.error = error.with_traceback(None)  # its frames would keep the graph
+
+        return safe
+
+    def leave(self) -> None:
+        """Remove the hooks: they and the graph would keep one another alive."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        self.receivers.clear()
+
+    def grams(self) -> Grams:
+        """Return the inner products of the units' gradients, after the backward pass.
+
+        Raises:
+            RuntimeError: They could not be told.
+        """
+        if self.error is not None:
+            raise self.error
+        if self.scale is None:
+            raise RuntimeError("the backward pass did not begin at the loss")
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            self.finish()
+            if self.found.missing:
+                raise RuntimeError(next(iter(self.found.missing.values())))
+            grams = self.found.grams
+            total = ghost.sum_of(grams)
+            if not all(trust.negligible(grams[name], total, self.found.epsilon) for name in self.unseen):
+                raise RuntimeError("a parameter has a gradient that had none when it was to be checked")
+            return {name: gram * (self.scales[name] / self.scale.to(gram)) ** 2 for name, gram in grams.items()}
+
+
+def board(root: Node, parameters: Mapping[str, Tensor], samples: int, k: int, first: int, memory: Memory) -> Ride:
+    """Prepare to measure the first units of the batch in the backward pass that is about to begin at ``root``.
+
+    Args:
+        root: The node that computed the loss of the module.
+        parameters: Of the module, by name.
+        samples: In the batch.
+        k: Samples in a unit.
+        first: How many units are measured.
+        memory: What measurements of batches of this size have found out.
+
+    Raises:
+        RuntimeError: The graph is none that was measured before, or not only its units decide about gradients.
+        LookupError: An attribute of a node is missing.
+    """
+    graph = graphs.read(root, parameters, samples)
+    if any(unpacks(node) for node in graph.nodes):
+        raise RuntimeError("saved tensors may be made only when they are asked for, as with activation checkpoints")
+    n = samples // k
+    signature = trust.signature(graph, n, k)
+    routes, kinds = memory.routes.get(signature), memory.kinds.get(signature)
+    if routes is None or routes.keys() != parameters.keys():
+        raise RuntimeError("its parameters are used in other ways than in the measurement before")
+    if any(route.guess is None for route in routes.values()):
+        raise RuntimeError("some parameters take another engine")
+    if kinds is None or not trust.is_proven(graph) or trust.constants(graph) != memory.constants[signature]:
+        raise RuntimeError("the data may weigh units, which is to be checked each time")
+    found = trust.kinds(graph)
+    if new := [kind for kind in found - kinds if kind not in _DROPOUT] or list(kinds - found):
+        raise RuntimeError(f"it differs from the graph measured before ({new[0]})")
+    if free := {name for name, route in routes.items() if route.free}:
+        graph = graphs.read(root, parameters, samples, free)
+    if (carrier := trust.carries_between_units(graph, n, k)) is not None:
+        raise RuntimeError(f"{carrier} may carry values from one unit to another")
+    if trust.weighs_units(graph, n):
+        raise RuntimeError("units have different numbers of targets")
+    if names := ghost.to_pull(graph):
+        raise RuntimeError(f"{min(names)} is transformed before it meets the data")
+    result = Pass(signature, True, (), trust.epsilon(graph), found)
+    receivers, finish = ghost.collect(parameters, graph, routes, result, n, k, memory, first)
+    scales = {name: route.scale for name, route in routes.items()}
+    return Ride(result, receivers, finish, scales, memory.unseen[signature])
+
+
+def root_of(loss: Tensor, divided_by: int | None, scaled: bool) -> Node:
+    """Return the node that computed the loss of the module, below what the training made of it.
+
+    Args:
+        loss: What the training differentiates.
+        divided_by: The number of batches that gradients accumulate over, if the training divided by it.
+        scaled: Whether a GradScaler has scaled the loss after that.
+
+    Raises:
+        RuntimeError: The training did something else.
+    """
+    node = loss.grad_fn
+    for name, expected, applied in (("MulBackward0", None, scaled), ("DivBackward0", divided_by, bool(divided_by))):
+        if not applied:
+            continue
+        factor = saved(node, "other") if node is not None and node.name() == name else None
+        if factor is None or factor.numel() != 1 or (expected is not None and float(factor) != expected):
+            raise RuntimeError("the training has changed the loss in a way that is not known")
+        assert node is not None
+        node = node.next_functions[0][0]
+    if node is None:
+        raise RuntimeError("the loss does not depend on any parameter")
+    return node
