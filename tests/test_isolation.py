@@ -6,8 +6,10 @@ import random
 import warnings
 from argparse import Namespace
 from collections import Counter, OrderedDict, defaultdict, deque
+from pathlib import Path
 from types import SimpleNamespace
 
+import broken_isolation
 import numpy as np
 import pytest
 import runs
@@ -15,6 +17,7 @@ import torch
 from runs import Data, Meter, frozen
 from torch import nn
 
+import lightning_gradconf
 from lightning_gradconf.isolation import _is_installed, untouched, without_warnings
 
 
@@ -193,3 +196,10 @@ def test_warnings_shown_once_are_remembered():
             warnings.warn("not these", UserWarning, stacklevel=1)
         warn()
     assert [str(w.message) for w in caught] == ["twice", "not these"]
+
+
+def test_every_break_of_broken_isolation_still_applies():
+    package = Path(lightning_gradconf.__file__).parent
+    for part, (file, old, _) in broken_isolation.BREAKS.items():
+        (path,) = package.rglob(file)
+        assert old in path.read_text(), part
