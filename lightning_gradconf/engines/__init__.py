@@ -54,7 +54,7 @@ def gradient_gram(
         batch: Any nesting of tuples, lists, mappings and dataclasses of tensors with the samples on dimension 0; their
             number must be a multiple of ``unit_size``.
         unit_size: Samples behind each gradient.
-        engine: ``"ghost"`` takes one pass over all units and forms no gradients, ``"vmap"`` forms all at once,
+        engine: ``"ghost"`` takes one pass over all units and never holds all gradients, ``"vmap"`` forms all,
             ``"loop"`` one after the other; ``"auto"`` is the first of them that can.
         chunk_size: How many units ``vmap`` differentiates at once; None is all of them.
         parameters: Glob patterns on the names of parameters; None is all that require grad.
