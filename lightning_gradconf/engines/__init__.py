@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_gradconf.engines import ghost, loop, vmap
 from lightning_gradconf.engines.layers import MeasuredLayers
-from lightning_gradconf.engines.objective import LossFn, Objective, objective
+from lightning_gradconf.engines.objective import LossFn, Objective, contract, objective
 from lightning_gradconf.isolation import untouched
 from lightning_gradconf.units import num_samples, split
 
@@ -134,11 +134,6 @@ def gram_of_units(
     if memory is not None:
         memory.engine = name
     return grams, name
-
-
-def contract(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the Gram ``(n, n)`` of each matrix of gradients ``(n, numel)``, releasing each after its use."""
-    return {name: (row := rows.pop(name)) @ row.T for name in list(rows)}
 
 
 @lru_cache(maxsize=256)

@@ -25,7 +25,7 @@ from lightning_gradconf.engines import loop, trust, vmap
 from lightning_gradconf.engines.contraction import Contribution, Dense, Rows, Workspace, gram_of_sum, head, whole
 from lightning_gradconf.engines.graph import Graph, Use
 from lightning_gradconf.engines.nodes import shapes, variable
-from lightning_gradconf.engines.objective import Objective, accumulation_dtype
+from lightning_gradconf.engines.objective import Objective, accumulation_dtype, contract, run_backward
 from lightning_gradconf.engines.rules import Units, contribution, wide
 from lightning_gradconf.engines.trust import Reads, Signature
 from lightning_gradconf.isolation import without_warnings
@@ -184,8 +184,6 @@ def _measure(
 
     def differentiate(loss: Tensor) -> Pass:
         reads.stop()
-        if not loss.requires_grad:
-            raise RuntimeError("the loss does not depend on any parameter")
         with torch._C.DisableTorchFunction():
             graph = graphs.read(loss.grad_fn, leaves, size)
             signature, kinds = trust.signature(graph, len(units), unit_size), trust.kinds(graph)
@@ -222,7 +220,7 @@ def _differentiate(
     bottom = [GradientEdge(node, i) for node in graph.bottom for i in range(len(shapes(node)))]
     hooks = [node.register_prehook(receivers[node]) for node in receivers.keys() - set(graph.bottom)]
     try:
-        captured = _run_backward(loss, tuple(bottom)) if bottom else ()
+        captured = run_backward(loss, tuple(bottom), keep_graph=False) if bottom else ()
         by_node: dict[Node, list[Tensor | None]] = defaultdict(list)
         for edge, delta in zip(bottom, captured, strict=True):
             by_node[edge.node].append(delta)
@@ -305,16 +303,6 @@ def collect(
                 found.grams[name] = torch.zeros(shape, dtype=accumulation_dtype(leaf), device=leaf.device)
 
     return {node: _hook(receive, node) for node in uses_of}, finish
-
-
-def _run_backward(loss: Tensor, edges: tuple[GradientEdge, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients at the edges. `torch.autograd.grad` would suspend the modes of BatchNorm and dropout."""
-    engine = torch.autograd.Variable._execution_engine
-    one = (torch.ones_like(loss),)
-    gradients: tuple[Tensor | None, ...] = engine.run_backward(
-        (loss,), one, False, False, edges, allow_unreachable=True, accumulate_grad=False
-    )
-    return gradients
 
 
 def _hook(receive: Callable[[Node, Sequence[Tensor | None]], None], node: Node) -> Receiver:
@@ -487,8 +475,7 @@ def sum_of(grams: Grams) -> Tensor:
 
 
 def _truth(objective: Objective, units: Sequence[Any], checked: Sequence[int]) -> Sample:
-    rows = loop.unit_gradients(objective, [units[i] for i in checked])
-    return Sample(list(checked), {name: (row := rows.pop(name)) @ row.T for name in list(rows)})
+    return Sample(list(checked), contract(loop.unit_gradients(objective, [units[i] for i in checked])))
 
 
 def _by_others(objective: Objective, units: Sequence[Any], names: Sequence[str]) -> Grams:
@@ -500,7 +487,7 @@ def _by_others(objective: Objective, units: Sequence[Any], names: Sequence[str])
         rows = vmap.unit_gradients(part, units)
     except Exception:
         rows = loop.unit_gradients(part, units)
-    return {name: (row := rows.pop(name)) @ row.T for name in list(rows)}
+    return contract(rows)
 
 
 def _in_order(objective: Objective, grams: Grams) -> Grams:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-from lightning_gradconf.engines.objective import Objective, as_rows, empty_rows
+from lightning_gradconf.engines.objective import Objective, as_rows, empty_rows, run_backward
 from lightning_gradconf.units import copy_of
 
 
@@ -34,7 +33,7 @@ def unit_gradients(objective: Objective, units: Sequence[Any]) -> dict[str, Tens
 def _differentiate(objective: Objective, loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
     """The gradient of the loss for each leaf, None where it does not depend on it."""
     try:
-        gradients = _run_backward(loss, tuple(leaves.values()))
+        gradients = run_backward(loss, tuple(leaves.values()), keep_graph=True)
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
             raise
@@ -43,17 +42,6 @@ def _differentiate(objective: Objective, loss: Tensor, leaves: dict[str, Tensor]
         # A reentrant checkpoint keeps quiet about the parameters inside it unless everything is differentiated.
         return _differentiate_everything(objective, loss, leaves)
     return dict(zip(leaves, gradients, strict=True))
-
-
-def _run_backward(loss: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients of ``leaves``, or without any, all gradients into the ``grad`` of their leaves.
-
-    `torch.autograd.grad` and `backward` suspend MeasuredLayers, and a checkpoint calls layers in the backward pass.
-    """
-    engine = torch.autograd.Variable._execution_engine
-    return engine.run_backward(
-        (loss,), (torch.ones_like(loss),), True, False, leaves, allow_unreachable=True, accumulate_grad=not leaves
-    )
 
 
 def _has_custom_node(loss: Tensor) -> bool:
@@ -80,7 +68,7 @@ def _differentiate_everything(
     for p in own:
         p.grad = None
     try:
-        _run_backward(loss, ())
+        run_backward(loss, (), keep_graph=True)
         return {name: leaf.grad for name, leaf in leaves.items()}
     finally:
         for p, gradient in zip(own, held, strict=True):

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.func import functional_call
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -99,6 +100,30 @@ def empty_rows(parameter: Tensor, n: int) -> Tensor:
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     """Float64 for double tensors, float32 for everything narrower."""
     return torch.float64 if tensor.dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def contract(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the Gram ``(n, n)`` of each matrix of gradients ``(n, numel)``, releasing each after its use."""
+    return {name: (row := rows.pop(name)) @ row.T for name in list(rows)}
+
+
+def run_backward(
+    loss: Tensor, targets: tuple[Tensor | GradientEdge, ...], keep_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of ``targets``, or without any, put all gradients into the ``grad`` of their leaves.
+
+    `torch.autograd.grad` and `backward` suspend MeasuredLayers, and a checkpoint calls layers in the backward pass.
+    """
+    gradients: tuple[Tensor | None, ...] = torch.autograd.Variable._execution_engine.run_backward(
+        (loss,),
+        (torch.ones_like(loss),),
+        keep_graph,
+        False,
+        targets,
+        allow_unreachable=True,
+        accumulate_grad=not targets,
+    )
+    return gradients
 
 
 def _check_loss(loss: Any) -> None:
