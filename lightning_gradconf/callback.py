@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_gradconf import distributed, plots, sampling
+from lightning_gradconf import distributed, sampling
 from lightning_gradconf._lightning import Callback, MisconfigurationException, warn
 from lightning_gradconf.distributed import minimum, on_all_ranks, world_size
 from lightning_gradconf.engines import Engine, gram_of_units
@@ -26,8 +25,9 @@ from lightning_gradconf.probe import (
     reason_not_to_ride,
     step_loss,
 )
+from lightning_gradconf.report import Measurement, Report
 from lightning_gradconf.riding import Rider
-from lightning_gradconf.statistics import gradient_statistics, min_cosine, pairwise_cosines, statistic_names
+from lightning_gradconf.statistics import statistic_names
 from lightning_gradconf.units import copy_of
 
 if TYPE_CHECKING:
@@ -204,6 +204,7 @@ class GradientConfusionCallback(Callback):
         self._memory: Memory | None = None
         self._rider: Rider | None = None
         self._riding_at: int | None = None
+        self._report = Report(self.statistics, self.per_layer, self.histogram, self.figures, self.prefix)
         self._failures = 0
         self._warned: set[str] = set()
 
@@ -358,7 +359,7 @@ class GradientConfusionCallback(Callback):
         self._pending = False
         self._measured_at = step
         self._failures = 0
-        self._guarded(lambda: self._log(trainer, pl_module, grams, unit_size, step), logging=True)
+        self._guarded(lambda: self._log(trainer, pl_module, Measurement(grams, unit_size, step)), logging=True)
 
     def _arrive(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was measured on the way, at the step whose weights it belongs to."""
@@ -375,7 +376,8 @@ class GradientConfusionCallback(Callback):
         if grams is None or overflow:  # a GradScaler tries scales that are too large
             return
         self._pending, self._measured_at, self._failures = False, step, 0
-        self._guarded(lambda: self._log(trainer, pl_module, grams, int(self.unit_size), step), logging=True)
+        measured = Measurement(grams, int(self.unit_size), step)
+        self._guarded(lambda: self._log(trainer, pl_module, measured), logging=True)
 
     def _units(self, trainer: Trainer, pl_module: LightningModule, step: int) -> list[Any]:
         """The units of this rank that there are to measure, as many as this run compares at most."""
@@ -403,44 +405,25 @@ class GradientConfusionCallback(Callback):
                 "source='fresh'."
             )
 
-    def _log(
-        self, trainer: Trainer, pl_module: LightningModule, grams: dict[str, Tensor], unit_size: int | None, step: int
-    ) -> None:
-        gram = torch.stack(list(grams.values())).sum(0)
-        values = gradient_statistics(gram, self.statistics, unit_size=unit_size or 1)
-        if unit_size is None and "noise_scale" in values:  # in samples, which cannot be counted here
-            values["noise_scale"] = torch.tensor(math.nan)
-        self.last_gram = gram.cpu()
-        self.last_statistics = {name: float(value) for name, value in values.items()}
-        self.last_step = step
+    def _log(self, trainer: Trainer, pl_module: LightningModule, measured: Measurement) -> None:
+        self.last_gram = measured.gram
+        self.last_statistics = self._report.values(measured)
+        self.last_step = measured.step
         metrics = {f"{self.prefix}/{name}": value for name, value in self.last_statistics.items()}
-        for layer, names in _layers(list(grams), self.per_layer).items():
-            lowest = min_cosine(torch.stack([grams[name] for name in names]).sum(0))
-            metrics[f"{self.prefix}/min_cosine/{layer}"] = float(lowest)
+        for layer, value in self._report.of_layers(measured).items():
+            metrics[f"{self.prefix}/min_cosine/{layer}"] = value
         if not bool(self.last_gram.isfinite().all()):
-            self._warn_once("a gradient is not finite; such measurements are logged as NaN.", f" First at step {step}.")
+            self._warn_once(
+                "a gradient is not finite; such measurements are logged as NaN.", f" First at step {measured.step}."
+            )
         for key, value in metrics.items():
             on_bar = self.prog_bar and key == f"{self.prefix}/min_cosine"
             # Not to the loggers: Lightning would repeat a value, or drop it, between its own logging steps.
             pl_module.log(key, value, on_step=True, on_epoch=False, logger=False, prog_bar=on_bar, batch_size=1)
         for logger in trainer.loggers:
-            logger.log_metrics(metrics=metrics, step=step)
-        self._log_pictures(trainer, step)
-
-    def _log_pictures(self, trainer: Trainer, step: int) -> None:
-        assert self.last_gram is not None
-        if trainer.global_rank != 0 or not bool(self.last_gram.isfinite().all()):
-            return
-        cosines = pairwise_cosines(self.last_gram)
-        loggers: list[Any] = trainer.loggers
-        for logger in loggers:
-            if "TensorBoardLogger" not in {base.__name__ for base in type(logger).__mro__} or not len(cosines):
-                continue
-            if self.histogram:
-                logger.experiment.add_histogram(f"{self.prefix}/cosines", cosines, step)
-            if self.figures:
-                logger.experiment.add_figure(f"{self.prefix}/heatmap", plots.plot_gram(self.last_gram), step)
-                logger.experiment.add_figure(f"{self.prefix}/density", plots.plot_density(self.last_gram), step)
+            logger.log_metrics(metrics=metrics, step=measured.step)
+        if trainer.global_rank == 0:
+            self._report.show(trainer.loggers, measured)
 
     # ---- when it goes wrong -----------------------------------------------------------------------------------------
 
@@ -486,19 +469,6 @@ class GradientConfusionCallback(Callback):
 def _step(trainer: Trainer) -> int:
     """The step that loggers write this batch at."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
-
-
-def _layers(names: list[str], per_layer: bool | int) -> dict[str, list[str]]:
-    """The names of parameters by the submodule that they are logged under."""
-    layers: dict[str, list[str]] = {}
-    if per_layer is False or per_layer == 0:
-        return layers
-    depth = math.inf if per_layer is True else per_layer
-    for name in names:
-        path = name.split(".")
-        owner = path[:-1] or path  # a parameter of the LightningModule itself has no submodule
-        layers.setdefault(".".join(owner[: int(min(depth, len(owner)))]), []).append(name)
-    return layers
 
 
 def _check_at_least(least: int, **arguments: int | None) -> None:

@@ -17,7 +17,7 @@ from runs import PREFIX, Data, Module, Rows, Scenario, loader, run
 from test_no_trace import assert_same
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_gradconf import GradientConfusionCallback, callback, engines, sampling, units
+from lightning_gradconf import GradientConfusionCallback, engines, report, sampling, units
 
 
 class Fault:
@@ -102,7 +102,7 @@ FUNCTIONS: dict[str, tuple[Any, str]] = {
     "unit split": (units, "split"),
     "isolation": (torch.compiler, "set_stance"),  # in the middle of putting it up
     "contraction": (engines, "contract"),
-    "statistics": (callback, "gradient_statistics"),
+    "statistics": (report, "gradient_statistics"),
     "histogram": (SummaryWriter, "add_histogram"),
 }
 STAGES = [

@@ -95,9 +95,9 @@ class Watch(pl.Callback):
         self.passes: list[int] = []
         log, measure = confusion._log, confusion._measure
 
-        def _log(trainer, module, grams, unit_size, step):
-            log(trainer, module, grams, unit_size, step)
-            self.grams[step] = confusion.last_gram
+        def _log(trainer, module, measured):
+            log(trainer, module, measured)
+            self.grams[measured.step] = confusion.last_gram
 
         def _measure(trainer, *rest):
             self.passes.append(trainer.fit_loop.epoch_loop._batches_that_stepped)
