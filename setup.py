@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 INIT = (ROOT / "lightning_gradconf" / "__init__.py").read_text(encoding="utf-8")
 VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE).group(1)
 
-PLOTS = ["matplotlib>=3.9"]  # 3.9: the first built for NumPy 2, which torch 2.6 may bring
+PLOTS = ["matplotlib>=3.9", "scipy>=1.13"]  # the first built for NumPy 2, which torch 2.6 may bring
 SKLEARN = ["scikit-learn>=1.4.2"]  # 1.4.2: the first built for NumPy 2
 CLI = ["jsonargparse[signatures]>=4.27.7"]  # what pytorch-lightning 2.4 asks for its LightningCLI
 TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100"]

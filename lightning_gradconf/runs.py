@@ -1,0 +1,102 @@
+"""The curves of training runs, read back from where loggers wrote them: TensorBoard's event files and CSV files."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+Curve = dict[int, float]  # {step: value}, in the order of steps
+
+
+def read_runs(paths: Iterable[str | Path]) -> dict[str, dict[str, Curve]]:
+    """``{run: {key: {step: value}}}`` of every run in ``paths``.
+
+    A path is a folder, searched with the folders in it, or a single event file or ``metrics.csv``. A run is a folder
+    that holds such files; its name is its path below what all runs share. Raises ``FileNotFoundError`` for a path
+    that is not there or without any run.
+    """
+    found: dict[Path, dict[str, Curve]] = {}
+    for path in map(Path, paths):
+        files = list(_files(path))
+        if not files:
+            missing = "does not exist" if not path.exists() else "holds no TensorBoard event files and no metrics.csv"
+            raise FileNotFoundError(
+                f"{path} {missing}: pass the folder that a logger saved to, its save_dir or log_dir"
+            )
+        for file in files:
+            run = found.setdefault(file.parent.resolve(), {})
+            for key, curve in _read(file).items():  # a run that was resumed goes on in a second file
+                run[key] = dict(sorted((run.get(key, {}) | curve).items()))
+    shared = os.path.commonpath([folder.parent for folder in found]) if found else ""
+    return {folder.relative_to(shared).as_posix(): found[folder] for folder in sorted(found)}
+
+
+def measured(runs: Mapping[str, dict[str, Curve]], prefix: str = "gradient_confusion") -> dict[str, dict[str, Curve]]:
+    """Those of ``runs`` that hold what the callback logs under ``prefix``; raises ``ValueError`` if there is none."""
+    chosen = {name: curves for name, curves in runs.items() if f"{prefix}/min_cosine" in curves}
+    if not chosen:
+        logged = sorted({key for curves in runs.values() for key in curves})
+        raise ValueError(
+            f"No run has {prefix}/min_cosine, only {', '.join(logged) or 'no scalars at all'}: train with "
+            "Trainer(callbacks=[GradientConfusionCallback()]), or give the prefix= that it logged with."
+        )
+    return chosen
+
+
+def loss_keys(keys: Iterable[str]) -> list[str]:
+    """Those of ``keys`` that are losses by their names, of training first, one of ``_step`` and ``_epoch`` twins.
+
+    >>> loss_keys(["epoch", "val_loss", "train_loss_step", "train_loss_epoch"])
+    ['train_loss_step', 'val_loss']
+    """
+    return _named(keys, "loss")
+
+
+def accuracy_keys(keys: Iterable[str]) -> list[str]:
+    """Those of ``keys`` that are accuracies by their names, in the order of ``loss_keys``.
+
+    >>> accuracy_keys(["val_acc", "train_loss", "lr-Adam"])
+    ['val_acc']
+    """
+    return _named(keys, "acc")
+
+
+def _named(keys: Iterable[str], part: str) -> list[str]:
+    named = {key for key in keys if part in key.lower()}
+    named = {key for key in named if key.removesuffix("_epoch") + "_step" not in named}
+    return sorted(named, key=lambda key: ("train" not in key.lower(), key))
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """What can be read in ``path``, csv files first: where both hold a run, TensorBoard's are exact."""
+    if path.is_file():
+        yield path
+    for pattern in ("metrics.csv", "events.out.tfevents.*"):
+        yield from sorted(path.rglob(pattern))
+
+
+def _read(file: Path) -> dict[str, Curve]:
+    return _read_csv(file) if file.suffix == ".csv" else _read_events(file)
+
+
+def _read_csv(file: Path) -> dict[str, Curve]:
+    curves: dict[str, Curve] = {}
+    with file.open(newline="", encoding="utf-8") as lines:
+        for row in csv.DictReader(lines):
+            for key in row.keys() - {"step"}:
+                with suppress(KeyError, TypeError, ValueError):  # cells may be empty, or hold text
+                    curves.setdefault(key, {})[int(row["step"])] = float(row[key])
+    return {key: curve for key, curve in curves.items() if curve}
+
+
+def _read_events(file: Path) -> dict[str, Curve]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    # 0 keeps every point, 1 as little as it can.
+    sizes = {"scalars": 0, "images": 1, "histograms": 1, "compressedHistograms": 1, "tensors": 1}
+    events = EventAccumulator(str(file), size_guidance=sizes)
+    events.Reload()
+    return {key: {e.step: e.value for e in events.Scalars(key)} for key in events.Tags()["scalars"]}
