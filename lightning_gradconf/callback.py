@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -13,10 +16,12 @@ from torch.utils.data import DataLoader
 
 from lightning_gradconf import distributed, sampling
 from lightning_gradconf._lightning import Callback, MisconfigurationException, warn
-from lightning_gradconf.distributed import minimum, on_all_ranks, world_size
+from lightning_gradconf.distributed import gather, minimum, on_all_ranks, world_size
 from lightning_gradconf.engines import Engine, gram_of_units
 from lightning_gradconf.engines.ghost import Memory
 from lightning_gradconf.engines.objective import objective
+from lightning_gradconf.layout import add_layout, charts
+from lightning_gradconf.loggers import kind, log_numbers
 from lightning_gradconf.probe import (
     digests,
     no_trace,
@@ -25,8 +30,9 @@ from lightning_gradconf.probe import (
     reason_not_to_ride,
     step_loss,
 )
-from lightning_gradconf.report import Measurement, Report
+from lightning_gradconf.report import Measurement, Pair, Report
 from lightning_gradconf.riding import Rider
+from lightning_gradconf.sampling import Unit
 from lightning_gradconf.statistics import statistic_names
 from lightning_gradconf.units import copy_of
 
@@ -76,9 +82,16 @@ class GradientConfusionCallback(Callback):
         dropout: Measure with dropout on. By default its probability is zero while measuring.
         statistics: Names of statistics, ``"default"`` or ``"all"``.
         per_layer: Log ``{prefix}/min_cosine/{submodule}`` too: of each submodule that has parameters (True), or of
-            submodules at this depth of names (1 is ``encoder``, 2 is ``encoder.block1``).
-        histogram: Log the distribution of the cosines to TensorBoard.
-        figures: Log a heatmap and the density of the cosines as images to TensorBoard; needs matplotlib.
+            submodules at this depth of names (1 is ``encoder``, 2 is ``encoder.block1``). At the end of the run a
+            heatmap of submodules and steps is logged, if matplotlib is installed.
+        histogram: Log the distribution of the cosines to TensorBoard and Weights & Biases; in TensorBoard also charts
+            of the confusion beside losses and accuracies, under "Custom scalars".
+        figures: Log a heatmap and the density of the cosines as images; needs matplotlib.
+        top_pairs: Log this many pairs of units, those with the lowest cosines, as a table, and side by side where
+            they are images: positions in the batch, or indices in the dataset for ``"fresh"`` and ``"fixed"``.
+        labels: Where a batch has its classes, a key, an index or a function of the batch. Adds
+            ``within_class_cosine`` and ``between_class_cosine`` to the default statistics, and orders the heatmap by
+            class. Needs ``unit_size=1``.
         prefix: First part of every key.
         prog_bar: Show ``min_cosine`` in the progress bar.
         seed: Seed of fresh and fixed draws.
@@ -89,6 +102,8 @@ class GradientConfusionCallback(Callback):
         last_gram: The Gram ``(n, n)`` of the last measurement, on the CPU; None before the first.
         last_statistics: What it logged, by the names of the statistics.
         last_step: The step that it was logged at.
+        last_top_pairs: The pairs of the last measurement, with ``cosine``, ``units`` (rows of the Gram), ``origins``
+            (whose ``samples`` are positions or indices) and ``labels``; empty without ``top_pairs``.
 
     Raises:
         ValueError: An argument is out of its range; the message names it.
@@ -129,6 +144,8 @@ class GradientConfusionCallback(Callback):
         per_layer: bool | int = False,
         histogram: bool = True,
         figures: bool = False,
+        top_pairs: int = 0,
+        labels: str | int | Callable[[Any], Any] | None = None,
         prefix: str = "gradient_confusion",
         prog_bar: bool = False,
         seed: int = 0,
@@ -144,6 +161,7 @@ class GradientConfusionCallback(Callback):
         _check_at_least(2, num_units=num_units)
         _check_at_least(1, unit_size=None if unit_size == "batch" else unit_size, chunk_size=chunk_size)
         _check_at_least(0, per_layer=int(per_layer) if isinstance(per_layer, bool) else per_layer, seed=seed)
+        _check_at_least(0, top_pairs=top_pairs)
         if not isinstance(source, DataLoader) and source not in ("current", "fresh", "fixed"):
             raise ValueError(f"source={source!r} is not 'current', 'fresh', 'fixed' or a DataLoader")
         if engine not in get_args(Engine):
@@ -159,6 +177,8 @@ class GradientConfusionCallback(Callback):
             raise ValueError(f"reuse_backward=True is a way of engine='ghost'; it does not go with engine={engine!r}")
         if figures and find_spec("matplotlib") is None:
             raise ValueError('figures=True needs matplotlib: pip install "lightning_gradconf[plots]"')
+        if labels is not None and unit_size != 1:
+            raise ValueError(f"labels= gives each unit one class, so it needs unit_size=1, found {unit_size!r}")
         if not isinstance(prefix, str) or not prefix:
             raise ValueError(f"prefix={prefix!r} must be a non-empty string")
         self.every_n_train_steps = every_n_train_steps
@@ -172,10 +192,14 @@ class GradientConfusionCallback(Callback):
         self.parameters = parameters
         self.loss_fn = loss_fn
         self.dropout = dropout
-        self.statistics = statistic_names(statistics)
+        self.statistics = statistic_names(statistics, with_labels=labels is not None)
+        if statistics == "default" and labels is not None:
+            self.statistics += ("within_class_cosine", "between_class_cosine")
         self.per_layer = per_layer
         self.histogram = histogram
         self.figures = figures
+        self.top_pairs = top_pairs
+        self.labels = labels
         self.prefix = prefix
         self.prog_bar = prog_bar
         self.seed = seed
@@ -183,6 +207,7 @@ class GradientConfusionCallback(Callback):
         self.last_gram: Tensor | None = None
         self.last_statistics: dict[str, float] = {}
         self.last_step: int | None = None
+        self.last_top_pairs: list[Pair] = []
         self._start_run()
 
     @property
@@ -196,15 +221,18 @@ class GradientConfusionCallback(Callback):
         self._pending = True
         self._n: int | None = None
         self._engine: str = self.engine
-        self._recent: deque[Any] = deque()
+        self._recent: deque[Unit] = deque()
         self._recent_size: int | None = None
         self._unsplit: Exception | None = None
-        self._fixed: list[Any] | None = None
+        self._fixed: list[Unit] | None = None
         self._measured_at: int | None = None
         self._memory: Memory | None = None
         self._rider: Rider | None = None
-        self._riding_at: int | None = None
-        self._report = Report(self.statistics, self.per_layer, self.histogram, self.figures, self.prefix)
+        self._riding: tuple[int, list[Unit]] | None = None
+        self._report = Report(
+            self.statistics, self.per_layer, self.histogram, self.figures, self.top_pairs, self.prefix
+        )
+        self._logged: set[str] | None = None
         self._failures = 0
         self._warned: set[str] = set()
 
@@ -233,12 +261,12 @@ class GradientConfusionCallback(Callback):
         due = self._pending or (self.every_n_epochs is None and self._step_is_due(trainer))
         if due and self._measured_at == _step(trainer):  # while gradients accumulate, the step stays the same
             due = self._pending = False
-        self._riding_at = None
+        self._riding = None
         if self._rider is not None and self._rider.expect(batch, self._n if due else None):
-            self._riding_at = _step(trainer)
+            self._guarded(lambda: self._board(trainer, batch, batch_idx))
             return
         if self.source == "current" and (due or self._rolling):
-            self._collect(trainer, pl_module, batch)
+            self._collect(trainer, batch, batch_idx)
         if due and self._full(pl_module):
             self._guarded(lambda: self._measure(trainer, pl_module, batch, batch_idx))
 
@@ -276,6 +304,8 @@ class GradientConfusionCallback(Callback):
                 f"no measurement took place: {len(self._recent)} units of unit_size={self.unit_size!r} were seen, "
                 "too few. Lower num_units or unit_size, or train longer."
             )
+        if self._enabled and trainer.global_rank == 0:
+            self._guarded(lambda: self._conclude(trainer), logging=True)
         self._recent.clear()
         self._fixed = self._memory = self._rider = None
 
@@ -294,10 +324,10 @@ class GradientConfusionCallback(Callback):
         """Whether units are gathered over several batches."""
         return self.unit_size == "batch" or self.every_n_epochs is not None
 
-    def _collect(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+    def _collect(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
         """Keep copies of the units in a batch: training_step may write to the originals."""
         try:
-            found = sampling.units_of(batch, self.unit_size, None if self._rolling else self.num_units)
+            found = sampling.units_of(batch, batch_idx, self.unit_size, None if self._rolling else self.num_units)
         except Exception as error:  # of this rank alone, to be raised where all ranks hear of it
             self._unsplit = error
             return
@@ -328,19 +358,22 @@ class GradientConfusionCallback(Callback):
         drawn_from = [] if self.source == "current" else sampling.state_of(loader)
         before = digests(trainer, pl_module) if self.verify and self._n is None else {}
 
-        def prepare() -> list[Any] | None:
-            proceed = prepare_step(pl_module, copy_of(batch), batch_idx)
-            return self._units(trainer, pl_module, step) if proceed else None
+        def prepare() -> tuple[list[Unit], list[int]] | None:
+            if not prepare_step(pl_module, copy_of(batch), batch_idx):
+                return None
+            found = self._units(trainer, pl_module, step)
+            return found, self._classes(found)
 
         with no_trace(trainer, pl_module, *drawn_from):
-            units = on_all_ranks(prepare, device)
-            n = minimum(-1 if units is None else len(units), device)
-            if units is None or n < 0:  # the module skips this batch
+            prepared = on_all_ranks(prepare, device)
+            n = minimum(-1 if prepared is None else len(prepared[0]), device)
+            if prepared is None or n < 0:  # the module skips this batch
                 return
+            units, classes = prepared[0][-n:], prepared[1][-n:]
             if enough := n >= (self._n or (1 if world_size() > 1 else 2)):
-                unit_size = sampling.size_of(units[0])
+                unit_size = sampling.size_of(units[0].batch)
                 target = objective(pl_module, loss, self.parameters)
-                how = (target, units[-n:], unit_size, self._engine, self.chunk_size, self.dropout)
+                how = (target, [unit.batch for unit in units], unit_size, self._engine, self.chunk_size, self.dropout)
                 if world_size() > 1:
                     grams, used = distributed.gram_of_units(*how, device)
                 else:
@@ -359,14 +392,22 @@ class GradientConfusionCallback(Callback):
         self._pending = False
         self._measured_at = step
         self._failures = 0
-        self._guarded(lambda: self._log(trainer, pl_module, Measurement(grams, unit_size, step)), logging=True)
+        measured = self._described(trainer, Measurement(grams, unit_size, step), units, classes)
+        self._guarded(lambda: self._log(trainer, pl_module, measured), logging=True)
+
+    def _board(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
+        """Keep what is to be told of the units that a ride measures, before training_step may write to them."""
+        told = self.top_pairs > 0 or self.labels is not None
+        units = sampling.units_of(batch, batch_idx, self.unit_size, self._n) if told else []
+        self._riding = (_step(trainer), units)
 
     def _arrive(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was measured on the way, at the step whose weights it belongs to."""
         assert self._rider is not None
-        grams, step = self._rider.result(), self._riding_at
-        if step is None:
+        grams, riding = self._rider.result(), self._riding
+        if riding is None:
             return
+        step, units = riding
         self._pending = True  # until there is a measurement
         overflow = (
             getattr(trainer.precision_plugin, "scaler", None) is not None
@@ -376,10 +417,12 @@ class GradientConfusionCallback(Callback):
         if grams is None or overflow:  # a GradScaler tries scales that are too large
             return
         self._pending, self._measured_at, self._failures = False, step, 0
-        measured = Measurement(grams, int(self.unit_size), step)
+        with no_trace(trainer, pl_module) if self.labels is not None else nullcontext():
+            classes = self._classes(units)
+        measured = self._described(trainer, Measurement(grams, int(self.unit_size), step), units, classes)
         self._guarded(lambda: self._log(trainer, pl_module, measured), logging=True)
 
-    def _units(self, trainer: Trainer, pl_module: LightningModule, step: int) -> list[Any]:
+    def _units(self, trainer: Trainer, pl_module: LightningModule, step: int) -> list[Unit]:
         """The units of this rank that there are to measure, as many as this run compares at most."""
         wanted, rank = self._n or self.num_units, trainer.global_rank
         if self._unsplit is not None:
@@ -395,6 +438,22 @@ class GradientConfusionCallback(Callback):
             self._fixed = sampling.draw(trainer, pl_module, wanted, self.unit_size, (self.seed, rank))
         return self._fixed
 
+    def _classes(self, units: list[Unit]) -> list[int]:
+        """The class of each unit, none without ``labels``."""
+        return [] if self.labels is None else [sampling.class_of(unit.batch, self.labels) for unit in units]
+
+    def _described(self, trainer: Trainer, measured: Measurement, units: list[Unit], classes: list[int]) -> Measurement:
+        """The measurement with what is to be told of its units, of all ranks."""
+        if self.labels is not None:
+            measured = replace(measured, labels=torch.tensor(gather(classes)))
+        if self.top_pairs > 0:
+            alone = world_size() == 1
+            rank = None if alone else trainer.global_rank
+            origins = gather([unit.origin._replace(rank=rank) for unit in units])
+            # Images of other ranks would have to travel.
+            measured = replace(measured, origins=origins, units=[unit.batch for unit in units] if alone else ())
+        return measured
+
     def _too_few(self, n: int) -> None:
         """The first measurement shows what the source can give; later ones wait for a batch that is large enough."""
         if self._n is None:
@@ -406,9 +465,9 @@ class GradientConfusionCallback(Callback):
             )
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, measured: Measurement) -> None:
-        self.last_gram = measured.gram
-        self.last_statistics = self._report.values(measured)
-        self.last_step = measured.step
+        values = self._report.values(measured)
+        self.last_top_pairs = self._report.pairs(measured)
+        self.last_gram, self.last_statistics, self.last_step = measured.gram, values, measured.step
         metrics = {f"{self.prefix}/{name}": value for name, value in self.last_statistics.items()}
         for layer, value in self._report.of_layers(measured).items():
             metrics[f"{self.prefix}/min_cosine/{layer}"] = value
@@ -420,10 +479,34 @@ class GradientConfusionCallback(Callback):
             on_bar = self.prog_bar and key == f"{self.prefix}/min_cosine"
             # Not to the loggers: Lightning would repeat a value, or drop it, between its own logging steps.
             pl_module.log(key, value, on_step=True, on_epoch=False, logger=False, prog_bar=on_bar, batch_size=1)
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics=metrics, step=measured.step)
+        loggers: list[Any] = trainer.loggers
+        for logger in loggers:
+            self._guarded(partial(log_numbers, logger, metrics, measured.step), logging=True)
         if trainer.global_rank == 0:
-            self._report.show(trainer.loggers, measured)
+            figures = self._report.figures_of(measured, self.last_top_pairs)
+            for logger in loggers:
+                show = partial(self._report.show, logger, measured, figures, self.last_top_pairs)
+                self._guarded(show, logging=True)
+            self._arrange(trainer)
+
+    def _arrange(self, trainer: Trainer) -> None:
+        """Lay out the page of charts anew when the module logs something that it did not before."""
+        logged = set(trainer._logger_connector._logged_metrics)  # the public property would compute metrics
+        if not self.histogram or logged == self._logged:
+            return
+        self._logged = logged
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        prefixes = [c.prefix for c in callbacks if isinstance(c, GradientConfusionCallback) and c.histogram]
+        loggers: list[Any] = trainer.loggers
+        for logger in loggers:
+            if kind(logger) == "TensorBoardLogger":
+                add_layout(logger.experiment, [charts(prefix, sorted(logged)) for prefix in prefixes])
+
+    def _conclude(self, trainer: Trainer) -> None:
+        """What is told of the run as a whole."""
+        if self.last_step is not None:
+            self._arrange(trainer)
+            self._report.show_layers(trainer.loggers)
 
     # ---- when it goes wrong -----------------------------------------------------------------------------------------
 

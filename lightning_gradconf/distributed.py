@@ -8,6 +8,7 @@ the functions here do nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -33,6 +34,15 @@ def minimum(value: int, device: torch.device) -> int:
     least = torch.tensor(value, device=device)
     dist.all_reduce(least, dist.ReduceOp.MIN)
     return int(least)
+
+
+def gather(values: list[Result]) -> list[Result]:
+    """Return the values of all ranks, in rank order."""
+    if world_size() == 1:
+        return values
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, values)
+    return list(chain.from_iterable(found))
 
 
 def on_all_ranks(action: Callable[[], Result], device: torch.device) -> Result:

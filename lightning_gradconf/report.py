@@ -1,18 +1,26 @@
-"""What a measurement says: numbers for every logger, and pictures for those that can show them."""
+"""What a measurement says: numbers for every logger, and pictures and tables for those that can show them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lightning_gradconf import plots
-from lightning_gradconf.statistics import gradient_statistics, min_cosine, pairwise_cosines
+from lightning_gradconf.layout import add_band
+from lightning_gradconf.loggers import kind, show_figure, show_histogram, show_table
+from lightning_gradconf.sampling import Origin
+from lightning_gradconf.statistics import cosine_matrix, gradient_statistics, min_cosine, pairwise_cosines
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -23,11 +31,17 @@ class Measurement:
         grams: The Gram ``(n, n)`` of each parameter, by name.
         unit_size: Samples in a unit, None if they cannot be told.
         step: The step whose weights were measured.
+        origins: Where the n units come from, if that is to be told.
+        labels: Their classes ``(n,)``, where known.
+        units: The units themselves, where all are at hand and there is something to be shown of them.
     """
 
     grams: dict[str, Tensor]
     unit_size: int | None
     step: int
+    origins: Sequence[Origin] = ()
+    labels: Tensor | None = None
+    units: Sequence[Any] = ()
 
     @cached_property
     def gram(self) -> Tensor:
@@ -35,47 +49,115 @@ class Measurement:
         return torch.stack(list(self.grams.values())).sum(0).cpu()
 
 
-@dataclass(frozen=True)
+class Pair(NamedTuple):
+    """Two units of one measurement.
+
+    Attributes:
+        cosine: Of their gradients, in [-1, 1].
+        units: Their rows of the Gram.
+        origins: Where their samples come from.
+        labels: Their classes, None where they are not known.
+    """
+
+    cosine: float
+    units: tuple[int, int]
+    origins: tuple[Origin, Origin]
+    labels: tuple[int, int] | None
+
+
+@dataclass
 class Report:
-    """Which of the things that a measurement says are wanted; the arguments are those of the callback."""
+    """Tells what is wanted of each measurement, by the arguments of the callback, and of all when the run ends."""
 
     statistics: Sequence[str]
     per_layer: bool | int
     histogram: bool
     figures: bool
+    top_pairs: int
     prefix: str
+    _steps: list[int] = field(default_factory=list)
+    _of_layers: dict[str, list[float]] = field(default_factory=dict)
 
     def values(self, measured: Measurement) -> dict[str, float]:
         """Return the statistics of a measurement by their names."""
-        values = gradient_statistics(measured.gram, self.statistics, unit_size=measured.unit_size or 1)
-        if measured.unit_size is None and "noise_scale" in values:  # in samples, which cannot be counted here
+        size = measured.unit_size
+        values = gradient_statistics(measured.gram, self.statistics, labels=measured.labels, unit_size=size or 1)
+        if size is None and "noise_scale" in values:  # in samples, which cannot be counted here
             values["noise_scale"] = torch.tensor(math.nan)
         return {name: float(value) for name, value in values.items()}
 
     def of_layers(self, measured: Measurement) -> dict[str, float]:
-        """Return the lowest cosine of each submodule that is reported by itself."""
+        """Return the lowest cosine of each submodule that is reported by itself, and keep it for the end."""
         grams = measured.grams
-        return {
+        values = {
             layer: float(min_cosine(torch.stack([grams[name] for name in names]).sum(0)))
             for layer, names in _layers(list(grams), self.per_layer).items()
         }
+        self._steps.append(measured.step)
+        for layer, value in values.items():
+            self._of_layers.setdefault(layer, []).append(value)
+        return values
 
-    def show(self, loggers: Sequence[Any], measured: Measurement) -> None:
-        """Send the pictures of a measurement to the loggers that can show them."""
-        if not bool(measured.gram.isfinite().all()):
+    def pairs(self, measured: Measurement) -> list[Pair]:
+        """Return the pairs of units with the lowest cosines, the lowest first."""
+        if not self.top_pairs:
+            return []
+        cosines = cosine_matrix(measured.gram)
+        rows, columns = torch.triu_indices(len(cosines), len(cosines), offset=1)
+        found = cosines[rows, columns]
+        order = [i for i in found.argsort().tolist() if not found[i].isnan()][: self.top_pairs]
+        labels, origins = measured.labels, measured.origins
+        return [
+            Pair(
+                float(found[k]),
+                (i, j),
+                (origins[i], origins[j]),
+                None if labels is None else (int(labels[i]), int(labels[j])),
+            )
+            for k, i, j in ((k, int(rows[k]), int(columns[k])) for k in order)
+        ]
+
+    def figures_of(self, measured: Measurement, pairs: Sequence[Pair]) -> dict[str, Figure]:
+        """Return the figures of a measurement by their names; none of one without any cosine."""
+        return dict(self._figures_of(measured, pairs)) if _has_cosines(measured) else {}
+
+    def _figures_of(self, measured: Measurement, pairs: Sequence[Pair]) -> Iterator[tuple[str, Figure]]:
+        if self.figures:
+            yield "heatmap", plots.plot_gram(measured.gram, labels=measured.labels)
+            yield "density", plots.plot_density(measured.gram)
+            if measured.labels is not None:
+                yield "classes", plots.plot_classes(measured.gram, measured.labels)
+        images = [_image(unit) for unit in measured.units]
+        one_shape = len({None if image is None else image.shape for image in images}) == 1 and images[0] is not None
+        if pairs and one_shape and find_spec("matplotlib") is not None:
+            shown = torch.stack([torch.stack([images[i] for i in pair.units]) for pair in pairs])  # type: ignore[misc]
+            yield "top_pairs", plots.plot_pairs(shown, [_caption(pair) for pair in pairs])
+
+    def show(self, logger: Any, measured: Measurement, figures: Mapping[str, Figure], pairs: Sequence[Pair]) -> None:
+        """Send the pictures and tables of a measurement to a logger that can show them."""
+        if not _has_cosines(measured):
             return
-        cosines = pairwise_cosines(measured.gram)
+        if self.histogram:
+            cosines = pairwise_cosines(measured.gram)
+            show_histogram(logger, f"{self.prefix}/cosines", cosines, measured.step)
+            if kind(logger) == "TensorBoardLogger":
+                add_band(logger.experiment, self.prefix, cosines, measured.step)
+        for name, figure in figures.items():
+            show_figure(logger, f"{self.prefix}/{name}", figure, measured.step)
+        if pairs:
+            show_table(logger, f"{self.prefix}/top_pairs", [_row(pair) for pair in pairs], measured.step)
+
+    def show_layers(self, loggers: Sequence[Any]) -> None:
+        """Send the picture of what all measurements have found layer by layer."""
+        if not self._of_layers or find_spec("matplotlib") is None:
+            return
+        figure = plots.plot_layers(self._of_layers, self._steps)
         for logger in loggers:
-            if "TensorBoardLogger" not in {base.__name__ for base in type(logger).__mro__} or not len(cosines):
-                continue
-            if self.histogram:
-                logger.experiment.add_histogram(f"{self.prefix}/cosines", cosines, measured.step)
-            if self.figures:
-                for name, figure in (
-                    ("heatmap", plots.plot_gram(measured.gram)),
-                    ("density", plots.plot_density(measured.gram)),
-                ):
-                    logger.experiment.add_figure(f"{self.prefix}/{name}", figure, measured.step)
+            show_figure(logger, f"{self.prefix}/layers", figure, self._steps[-1])
+
+
+def _has_cosines(measured: Measurement) -> bool:
+    return bool(measured.gram.isfinite().all()) and len(pairwise_cosines(measured.gram)) > 0
 
 
 def _layers(names: list[str], per_layer: bool | int) -> dict[str, list[str]]:
@@ -89,3 +171,22 @@ def _layers(names: list[str], per_layer: bool | int) -> dict[str, list[str]]:
         owner = path[:-1] or path  # a parameter of the LightningModule itself has no submodule
         layers.setdefault(".".join(owner[: int(min(depth, len(owner)))]), []).append(name)
     return layers
+
+
+def _image(unit: Any) -> Tensor | None:
+    """The image ``(C, H, W)`` in a unit of one sample, None if there is none."""
+    for leaf in tree_leaves(unit):
+        if isinstance(leaf, Tensor) and leaf.dim() == 4 and leaf.shape[:2] in ((1, 1), (1, 3)) and leaf.numel() > 9:
+            return leaf[0].detach().float().cpu()
+    return None
+
+
+def _row(pair: Pair) -> dict[str, str]:
+    first, second = pair.origins
+    row = {"cosine": f"{pair.cosine:.3f}", "first": str(first), "second": str(second)}
+    return row if pair.labels is None else row | {"labels": f"{pair.labels[0]}, {pair.labels[1]}"}
+
+
+def _caption(pair: Pair) -> str:
+    classes = "" if pair.labels is None else f"\nclasses {pair.labels[0]}, {pair.labels[1]}"
+    return f"cosine {pair.cosine:.2f}{classes}"

@@ -7,9 +7,9 @@ workers. Draws go through a new loader over the same dataset, in the main proces
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
@@ -20,11 +20,64 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 
-def units_of(batch: Any, unit_size: int | str, num_units: int | None = None) -> list[Any]:
+class Origin(NamedTuple):
+    """Where the samples of a unit come from.
+
+    Attributes:
+        samples: Their positions in a batch, or without one, their indices in the dataset.
+        batch: The index of that batch in its loader, None for samples of a dataset.
+        rank: The process that has them.
+
+    >>> str(Origin((3,), batch=12)), str(Origin((40, 7)))
+    ('batch 12, sample 3', 'dataset[40, 7]')
+    """
+
+    samples: tuple[int, ...]
+    batch: int | None = None
+    rank: int | None = None
+
+    def __str__(self) -> str:
+        shown = ", ".join(map(str, self.samples[:4])) + (", ..." if len(self.samples) > 4 else "")
+        if not self.samples:
+            shown = "?"
+        where = f"dataset[{shown}]" if self.batch is None else f"batch {self.batch}, sample {shown}"
+        return where if self.rank is None else f"rank {self.rank}, {where}"
+
+
+class Unit(NamedTuple):
+    """A batch that one gradient belongs to, and where it comes from."""
+
+    batch: Any
+    origin: Origin
+
+
+def units_of(batch: Any, batch_idx: int, unit_size: int | str, num_units: int | None = None) -> list[Unit]:
     """Return copies of the units in a batch; with ``unit_size="batch"`` it is one."""
     if unit_size == "batch":
-        return [units.copy_of(batch)]
-    return units.split(batch, int(unit_size), num_units)
+        return [Unit(units.copy_of(batch), Origin(tuple(range(size_of(batch) or 0)), batch_idx))]
+    k = int(unit_size)
+    parts = units.split(batch, k, num_units)
+    return [Unit(part, Origin(tuple(range(i * k, (i + 1) * k)), batch_idx)) for i, part in enumerate(parts)]
+
+
+def class_of(batch: Any, labels: str | int | Callable[[Any], Any]) -> int:
+    """Return the class of the one sample in a batch.
+
+    Args:
+        batch: The batch.
+        labels: The key or index of the classes in it, or a function of it.
+
+    Raises:
+        ValueError: What is found there is not one whole number.
+    """
+    found = labels(batch) if callable(labels) else batch[labels]
+    label = torch.as_tensor(found)
+    if label.numel() != 1 or label.is_floating_point():
+        raise ValueError(
+            f"labels={labels!r} must give one whole number for a batch of one sample, found {label.dtype} "
+            f"{tuple(label.shape)}; pass a function of the batch that gives its class"
+        )
+    return int(label)
 
 
 def size_of(batch: Any) -> int | None:
@@ -37,7 +90,7 @@ def size_of(batch: Any) -> int | None:
 
 def draw(
     trainer: Trainer, module: LightningModule, num_units: int, unit_size: int | str, seed: Sequence[int]
-) -> list[Any]:
+) -> list[Unit]:
     """Return units of samples drawn from the training dataset without replacement, on the module's device.
 
     Args:
@@ -67,10 +120,15 @@ def draw(
         population = list(chain.from_iterable(batches) if sampler is None else sampler)
     n = min(num_units, len(population) // size)
     indices = random.sample(population, n * size)
+    origins = [Origin(tuple(indices[i * size : (i + 1) * size])) for i in range(n)]
     # One batch for units of one sample, so that padding gives them one shape.
-    chunks = [indices] if size == 1 else [indices[i * size : (i + 1) * size] for i in range(n)]
+    chunks = [indices] if size == 1 else [list(origin.samples) for origin in origins]
     drawn = DataLoader(loader.dataset, batch_sampler=chunks, collate_fn=loader.collate_fn)
-    return [u for batch in drawn for u in units_of(on_device(trainer, module, batch), 1 if size == 1 else "batch")]
+    batches = [on_device(trainer, module, batch) for batch in drawn]
+    parts = units.split(batches[0], 1) if size == 1 else [units.copy_of(batch) for batch in batches]
+    if len(parts) != len(origins):  # the user's collate_fn leaves samples out, and does not say which
+        origins = [Origin(())] * len(parts)
+    return [Unit(part, origin) for part, origin in zip(parts, origins, strict=True)]
 
 
 def read(
@@ -80,12 +138,12 @@ def read(
     num_units: int,
     unit_size: int | str,
     seed: Sequence[int],
-) -> list[Any]:
+) -> list[Unit]:
     """Return the first units of a loader of the user's, started anew, on the module's device."""
     _seed_everything(seed)
-    found: list[Any] = []
-    for batch in loader:
-        found += units_of(on_device(trainer, module, batch), unit_size, num_units - len(found))
+    found: list[Unit] = []
+    for batch_idx, batch in enumerate(loader):
+        found += units_of(on_device(trainer, module, batch), batch_idx, unit_size, num_units - len(found))
         if len(found) == num_units:
             break
     return found

@@ -19,7 +19,7 @@ from runs import CLASSES, FEATURES, QUIET, Data, Module, Rows, frozen
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from lightning_gradconf import GradientConfusionCallback, callback, sampling
+from lightning_gradconf import GradientConfusionCallback, callback, report, sampling
 
 
 class Net(Module):
@@ -70,7 +70,7 @@ class Break(pl.Callback):
             "sampling": (sampling, "units_of"),
             "preparation": (callback, "prepare_step"),
             "forward": (type(module), "measured_loss"),
-            "statistics": (callback, "gradient_statistics"),
+            "statistics": (report, "gradient_statistics"),
         }[self.stage]
         if trainer.global_rank == 1:
             setattr(owner, name, broken)
