@@ -586,11 +586,17 @@ SCENARIOS: dict[str, Scenario] = {
 # Every way of taking units meets every scenario, and so does every engine.
 VARIANTS: dict[str, dict[str, Any]] = {
     "current": {},
-    "current, riding": {"reuse_backward": True, "every_n_train_steps": 1, "num_units": 3},
+    "current, riding": {
+        **{"reuse_backward": True, "every_n_train_steps": 1, "num_units": 3},
+        **{"top_pairs": 1, "labels": lambda batch: random.randrange(2)},
+    },
     "current pairs, loop": {"unit_size": 2, "engine": "loop", "every_n_train_steps": 1},
     "current batches": {"unit_size": "batch", "num_units": 2, "every_n_train_steps": 3},
     "current epochs": {"every_n_epochs": 1, "unit_size": 2},
-    "fresh": {"source": "fresh", "num_units": 3, "every_n_train_steps": 2},
+    "fresh": {
+        **{"source": "fresh", "num_units": 3, "every_n_train_steps": 2},
+        **{"top_pairs": 2, "labels": lambda batch: torch.randint(2, ())},
+    },
     "fresh epochs of pairs": {"source": "fresh", "unit_size": 2, "num_units": 4, "every_n_epochs": 1},
     "fixed pairs": {"source": "fixed", "unit_size": 2, "num_units": 3, "per_layer": True},
 }
