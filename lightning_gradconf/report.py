@@ -22,6 +22,8 @@ from lightning_gradconf.statistics import cosine_matrix, gradient_statistics, mi
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_MOST_IMAGES = 8  # pairs; the table has all
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -130,8 +132,9 @@ class Report:
         images = [_image(unit) for unit in measured.units]
         one_shape = len({None if image is None else image.shape for image in images}) == 1 and images[0] is not None
         if pairs and one_shape and find_spec("matplotlib") is not None:
-            shown = torch.stack([torch.stack([images[i] for i in pair.units]) for pair in pairs])  # type: ignore[misc]
-            yield "top_pairs", plots.plot_pairs(shown, [_caption(pair) for pair in pairs])
+            first = pairs[:_MOST_IMAGES]
+            shown = torch.stack([torch.stack([images[i] for i in pair.units]) for pair in first])  # type: ignore[misc]
+            yield "top_pairs", plots.plot_pairs(shown, [_caption(pair) for pair in first])
 
     def show(self, logger: Any, measured: Measurement, figures: Mapping[str, Figure], pairs: Sequence[Pair]) -> None:
         """Send the pictures and tables of a measurement to a logger that can show them."""
