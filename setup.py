@@ -16,7 +16,7 @@ TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100"]
 LINT = ["ruff>=0.9", "mypy>=1.14"]  # ruff 0.9: the 2025 formatting style
 TESTED_WITH = ["lightning>=2.4,!=2.6.2,!=2.6.3", "rich>=13", "transformers>=4.48"]
 LOGGERS = ["mlflow-skinny>=2.20", "wandb>=0.19"]  # the lowest that know NumPy 2
-BROWSER = ["selenium>=4.20"]  # finds no driver of its own if it is given one
+BROWSER = ["selenium>=4.20"]  # looks at the pages of TensorBoard
 
 setup(
     name="lightning-gradconf",
