@@ -9,6 +9,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from lightning_gradconf.plots import draw_density, plot_density
 from lightning_gradconf.statistics import gradient_statistics, statistic_names
 
 
@@ -59,7 +60,8 @@ class GradientConfusion(Metric):
         rows = dim_zero_cat(self.gradients) if len(self.gradients) else torch.empty(0, 0, device=self.device)
         if len(rows) >= 2:
             with torch.autocast(rows.device.type, enabled=False):
-                return gradient_statistics(rows @ rows.T, self.names, unit_size=self.unit_size)
+                self._gram = rows @ rows.T  # for plot
+                return gradient_statistics(self._gram, self.names, unit_size=self.unit_size)
         if self._in_forward:
             return {name: rows.new_full((), torch.nan) for name in self.names}
         if self._is_synced:  # torchmetrics would leave the gathered state in place of this process's own
@@ -80,11 +82,19 @@ class GradientConfusion(Metric):
         return statistics
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot ``val``, a result of ``compute`` or ``forward`` or a list of them; by default, what ``compute`` returns.
+        """Density of the cosines of all gradients seen, or curves of ``val``, results of ``compute`` or ``forward``.
 
-        ``ax`` is a matplotlib axes to draw in. Returns its figure, or ``None`` if ``ax`` is given, and the axes.
+        ``ax`` is a matplotlib axes to draw in. Returns the figure, or ``None`` if ``ax`` is given, and the axes. Raises
+        ``ImportError`` without matplotlib, and without ``val`` what ``compute`` raises.
         """
-        return self._plot(val, ax)
+        if val is not None:
+            return self._plot(val, ax)
+        self.compute()  # of all processes, and checked
+        if ax is not None:
+            draw_density(ax, self._gram)
+            return None, ax
+        figure = plot_density(self._gram)
+        return figure, figure.axes[0]
 
     def _rows(self, gradients: Tensor | Sequence[Tensor]) -> list[Tensor]:
         """One ``(m, p)`` per parameter, checked, in float32 at least."""

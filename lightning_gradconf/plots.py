@@ -219,7 +219,7 @@ def plot_curves(
         }
     else:
         runs = read_runs([source] if isinstance(source, str | Path) else source)
-    return plot_runs(measured(runs, prefix), keys, prefix)
+    return plot_runs(measured(runs, keys, prefix), keys, prefix)
 
 
 def plot_runs(
@@ -232,8 +232,6 @@ def plot_runs(
     ['cosine', 'loss']
     """
     logged = {key for curves in runs.values() for key in curves}
-    if missing := [key for key in keys or () if key not in logged]:
-        raise ValueError(f"No run has {', '.join(missing)}: choose from {', '.join(sorted(logged))}.")
     if keys is None:
         theirs = [key for key in logged if not key.startswith(f"{prefix}/")]
         panels = {"loss": loss_keys(theirs)[: len(_LINES)], "accuracy": accuracy_keys(theirs)[: len(_LINES)]}

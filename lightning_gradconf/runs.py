@@ -34,15 +34,22 @@ def read_runs(paths: Iterable[str | Path]) -> dict[str, dict[str, Curve]]:
     return {folder.relative_to(shared).as_posix(): found[folder] for folder in sorted(found)}
 
 
-def measured(runs: Mapping[str, dict[str, Curve]], prefix: str = "gradient_confusion") -> dict[str, dict[str, Curve]]:
-    """Those of ``runs`` that hold what the callback logs under ``prefix``; raises ``ValueError`` if there is none."""
+def measured(
+    runs: Mapping[str, dict[str, Curve]], keys: Iterable[str] | None = None, prefix: str = "gradient_confusion"
+) -> dict[str, dict[str, Curve]]:
+    """Those of ``runs`` that hold what the callback logs under ``prefix``.
+
+    Raises ``ValueError`` if there is none, or none of them has one of ``keys``.
+    """
     chosen = {name: curves for name, curves in runs.items() if f"{prefix}/min_cosine" in curves}
+    logged = sorted({key for curves in (chosen or runs).values() for key in curves})
     if not chosen:
-        logged = sorted({key for curves in runs.values() for key in curves})
         raise ValueError(
             f"No run has {prefix}/min_cosine, only {', '.join(logged) or 'no scalars at all'}: train with "
-            "Trainer(callbacks=[GradientConfusionCallback()]), or give the prefix= that it logged with."
+            "Trainer(callbacks=[GradientConfusionCallback()]), or give the prefix that it logged with."
         )
+    if missing := [key for key in keys or () if key not in logged]:
+        raise ValueError(f"No run has {', '.join(missing)}: choose from {', '.join(logged)}.")
     return chosen
 
 

@@ -236,9 +236,15 @@ def test_plot():
     metric = GradientConfusion(NAMES)
     steps = [metric(draw_gradients(3, seed=seed)) for seed in range(3)]
     figure, axes = metric.plot()
-    assert [line.get_label() for line in axes.lines] == list(NAMES)
-    assert axes.lines[0].get_ydata() == pytest.approx(metric.compute()["eta"].item())
-    pyplot.close(figure)
+    assert axes.get_title().startswith("9 gradients")  # of all, though the last forward saw three
+    assert axes.lines[-2].get_xdata()[0] == pytest.approx(metric.compute()["min_cosine"].item())
+    assert figure.axes == [axes]
+    assert not pyplot.get_fignums()
+
+    _, axes = pyplot.subplots()
+    assert metric.plot(ax=axes) == (None, axes)
+    assert axes.get_title().startswith("9 gradients")
+    pyplot.close(axes.figure)
 
     _, axes = pyplot.subplots()
     assert metric.plot(steps, ax=axes) == (None, axes)

@@ -1,0 +1,171 @@
+"""python -m lightning_gradconf, on what loggers really wrote."""
+
+from __future__ import annotations
+
+import io
+import math
+import subprocess
+import sys
+
+import pytest
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+
+from lightning_gradconf.__main__ import main, sparkline
+from lightning_gradconf.runs import accuracy_keys, loss_keys, measured, read_runs
+
+pytest.importorskip("matplotlib")
+
+LOGGED = [
+    (0, {"gradient_confusion/min_cosine": -0.25, "gradient_confusion/p05_cosine": 0.0, "gradient_confusion/eta": 1.5}),
+    (49, {"train_loss": 2.25}),
+    (49, {"gradient_confusion/min_cosine": -0.75, "gradient_confusion/p05_cosine": -0.5, "gradient_confusion/eta": 4}),
+    (99, {"gradient_confusion/min_cosine": -0.5, "gradient_confusion/p05_cosine": -0.25, "gradient_confusion/eta": 2}),
+    (99, {"train_loss": 1.25, "val_acc": 0.5}),
+]
+CURVES = {
+    "gradient_confusion/min_cosine": {0: -0.25, 49: -0.75, 99: -0.5},
+    "gradient_confusion/p05_cosine": {0: 0.0, 49: -0.5, 99: -0.25},
+    "gradient_confusion/eta": {0: 1.5, 49: 4.0, 99: 2.0},
+    "train_loss": {49: 2.25, 99: 1.25},
+    "val_acc": {99: 0.5},
+}
+
+
+def write(logger, logged=LOGGED):
+    for step, metrics in logged:
+        logger.log_metrics(metrics, step)
+    logger.save()
+    logger.finalize("success")
+    return logger.log_dir
+
+
+@pytest.mark.parametrize("logger_class", [TensorBoardLogger, CSVLogger])
+def test_reads_what_a_logger_wrote(tmp_path, logger_class):
+    folder = write(logger_class(tmp_path, name="run"))
+    assert read_runs([folder]) == read_runs([tmp_path]) == {"version_0": CURVES}
+
+
+def test_reads_runs_of_both_loggers_below_a_folder_by_their_paths(tmp_path):
+    write(TensorBoardLogger(tmp_path, name="wide"))
+    write(TensorBoardLogger(tmp_path, name="wide"))
+    write(CSVLogger(tmp_path, name="deep"))
+    assert list(read_runs([tmp_path])) == ["deep/version_0", "wide/version_0", "wide/version_1"]
+    assert list(read_runs([tmp_path / "wide", tmp_path / "deep"])) == list(read_runs([tmp_path]))
+
+
+def test_a_run_that_two_loggers_wrote_is_one(tmp_path):
+    write(CSVLogger(tmp_path, name="run", version=0))
+    write(TensorBoardLogger(tmp_path, name="run", version=0))
+    assert read_runs([tmp_path]) == {"version_0": CURVES}
+
+
+def test_a_resumed_run_goes_on_in_a_second_file(tmp_path):
+    write(TensorBoardLogger(tmp_path, name="run", version=0), [(0, {"a": 1.0}), (1, {"a": 2.0}), (2, {"a": 3.0})])
+    write(TensorBoardLogger(tmp_path, name="run", version=0), [(1, {"a": 5.0}), (2, {"a": 6.0}), (3, {"a": 7.0})])
+    assert read_runs([tmp_path]) == {"version_0": {"a": {0: 1.0, 1: 5.0, 2: 6.0, 3: 7.0}}}
+
+
+def test_keeps_every_point_and_passes_over_text(tmp_path):
+    many = [(step, {"a": float(step)}) for step in range(20_000)]
+    write(TensorBoardLogger(tmp_path, name="many"), many)
+    assert len(read_runs([tmp_path / "many"])["version_0"]["a"]) == 20_000
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "metrics.csv").write_text("step,a,pairs,b\n0,1.5,3 and 7,\n1,nan,,\n,2.0,,\n")
+    curves = read_runs([tmp_path / "text"])["text"]
+    assert curves.keys() == {"a"}
+    assert curves["a"][0] == 1.5
+    assert math.isnan(curves["a"][1])
+
+
+def test_losses_and_accuracies_are_known_by_name():
+    keys = ["val_loss_epoch", "val_loss_step", "Train/Loss", "g_loss", "acc", "train_accuracy", "lr-SGD", "epoch"]
+    assert loss_keys(keys) == ["Train/Loss", "g_loss", "val_loss_step"]
+    assert accuracy_keys(keys) == ["train_accuracy", "acc"]
+
+
+def test_runs_without_our_keys_are_left_out():
+    assert measured({"a": CURVES, "b": {"train_loss": {0: 1.0}}}) == {"a": CURVES}
+
+
+def test_table_and_figure(tmp_path, capsys):
+    write(TensorBoardLogger(tmp_path, name="wide"))
+    write(CSVLogger(tmp_path, name="deep"), [(0, {"gradient_confusion/min_cosine": -1.0})])
+    write(CSVLogger(tmp_path, name="other"), [(0, {"train_loss": 1.0})])
+    output = tmp_path / "comparison.png"
+    assert main([str(tmp_path), "--output", str(output)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["run", "step", "min_cosine", "worst", "p05_cosine", "eta", "train_loss", "min_cosine"]
+    assert lines[1].split()[:-1] == ["deep/version_0", "0", "-1.0000", "-1.0000", "-", "-", "-"]
+    assert lines[2].split()[:-1] == ["wide/version_0", "99", "-0.5000", "-0.7500", "-0.2500", "2.0000", "1.2500"]
+    assert lines[2].split()[-1] in ("█▃▆", "#.*")
+    assert lines[4] == "Left out, without gradient_confusion/min_cosine: other/version_0"
+    assert lines[-1] == f"The curves are in {output}"
+    assert output.read_bytes().startswith(b"\x89PNG")
+
+
+def test_keys_and_prefix(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(CSVLogger(tmp_path, name="run"), [(0, {"train/min_cosine": 0.5, "val_acc": 0.25})])
+    assert main([".", "--prefix", "train", "--keys", "val_acc"]) == 0
+    header, row, *_ = capsys.readouterr().out.splitlines()
+    assert "val_acc" in header
+    assert row.split()[:-1] == ["version_0", "0", "0.5000", "0.5000", "-", "-", "0.2500"]
+    assert (tmp_path / "confusion.png").is_file()
+
+
+def test_nan_is_neither_the_last_word_nor_an_error(tmp_path, capsys):
+    logged = [(step, {"gradient_confusion/min_cosine": value}) for step, value in enumerate((math.nan, -0.5, math.nan))]
+    write(CSVLogger(tmp_path, name="run"), logged)
+    assert main([str(tmp_path), "--output", str(tmp_path / "x.png")]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[2:4] == ["nan", "-0.5000"]
+
+
+def test_sparkline():
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 0, 7, "abcdefgh") == "abcdefgh"
+    assert sparkline([0.0] * 30 + [7.0] * 30, 0, 7, "abcdefgh") == "a" * 12 + "h" * 12
+    assert sparkline([1, 1], 1, 1) == "__"
+    assert len(sparkline(list(range(25)), 0, 24)) == 24
+    assert sparkline([math.nan], 0, 0) == "?"
+
+
+def test_blocks_only_where_the_terminal_has_them(tmp_path, monkeypatch):
+    write(CSVLogger(tmp_path, name="run"))
+    for encoding, line in (("utf-8", "█▁▅"), ("ascii", "#_+")):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main([str(tmp_path), "--output", str(tmp_path / "x.png")]) == 0
+        stdout.seek(0)
+        assert stdout.read().splitlines()[1].endswith(line)
+
+
+def test_says_what_is_wrong(tmp_path, capsys):
+    def error(*arguments):
+        assert main([*map(str, arguments), "--output", str(tmp_path / "x.png")]) == 1
+        return capsys.readouterr().err
+
+    assert "nowhere does not exist: pass the folder" in error(tmp_path / "nowhere")
+    assert "holds no TensorBoard event files and no metrics.csv" in error(tmp_path)
+    write(CSVLogger(tmp_path, name="run"), [(0, {"train_loss": 1.0, "lr": 0.5})])
+    assert "No run has gradient_confusion/min_cosine, only lr, train_loss: train with" in error(tmp_path)
+    write(CSVLogger(tmp_path, name="run"))
+    assert "No run has accuracy: choose from" in error(tmp_path, "--keys", "accuracy")
+    assert main([str(tmp_path), "--output", str(tmp_path / "nowhere" / "x.png")]) == 1
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_without_matplotlib_the_table_is_there(tmp_path, capsys, monkeypatch):
+    write(CSVLogger(tmp_path, name="run"))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main([str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert "version_0" in out
+    assert 'pip install "lightning_gradconf[plots]"' in err
+
+
+def test_as_a_command(tmp_path):
+    write(CSVLogger(tmp_path, name="run"))
+    command = [sys.executable, "-m", "lightning_gradconf", ".", "--output", "x.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "version_0" in done.stdout
+    assert (tmp_path / "x.png").is_file()
