@@ -207,10 +207,10 @@ def plot_curves(
     """Confusion, loss and accuracy over the steps of runs, from what TensorBoard's or the CSV logger has saved.
 
     ``source`` is a folder, searched with all in it, a ``metrics.csv``, several of them, or ``{name: path}``. Of the
-    cosines the line is ``min_cosine`` and the band ``p05_cosine`` to ``p95_cosine``, or to ``mean_cosine`` where no
-    run has logged that. Losses and accuracies are those named so; ``keys`` are shown instead, one panel each. Raises
-    ``FileNotFoundError`` for a path without runs, ``ValueError`` if no run has keys that begin with ``prefix`` or has
-    one of ``keys``, and ``ImportError`` without matplotlib.
+    cosines the line is ``min_cosine``, and the band the 5 % to 95 % quantiles that are logged to TensorBoard, or else
+    ``p05_cosine`` to ``mean_cosine``. Losses and accuracies are those named so; ``keys`` are shown instead, one panel
+    each. Raises ``FileNotFoundError`` for a path without runs, ``ValueError`` if no run has keys that begin with
+    ``prefix`` or has one of ``keys``, and ``ImportError`` without matplotlib.
     """
     if isinstance(source, Mapping):
         named = {name: read_runs([path]) for name, path in source.items()}
@@ -245,10 +245,12 @@ def plot_runs(
     heights = [1.7] + [1.0] * len(panels)
     cosines, *others = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights).flat
     cosines.axhline(0, color=_PALE, linewidth=0.8, zorder=0)
-    upper = "p95_cosine" if f"{prefix}/p95_cosine" in logged else "mean_cosine"
-    cosines.set(ylabel="cosine", title=f"line: min_cosine, band: p05_cosine to {upper}")
+    quantiles = all(f"{prefix}/cosines/p95" in curves for curves in runs.values())
+    band = ("cosines/p05", "cosines/p95") if quantiles else ("p05_cosine", "mean_cosine")
+    named = "5 % to 95 % of the cosines" if quantiles else "p05_cosine to mean_cosine"
+    cosines.set(ylabel="cosine", title=f"line: min_cosine, band: {named}")
     for colour, (name, curves) in zip(itertools.cycle(_COLOURS), runs.items(), strict=False):
-        _draw_cosines(cosines, curves, prefix, upper, colour, name)
+        _draw_cosines(cosines, curves, [f"{prefix}/{key}" for key in ("min_cosine", *band)], colour, name)
         for axes, group in zip(others, panels.values(), strict=True):
             for key, line in zip(group, _LINES, strict=False):
                 curve = curves.get(key, {})
@@ -271,9 +273,9 @@ def plot_runs(
     return figure
 
 
-def _draw_cosines(axes: Axes, curves: Mapping[str, Curve], prefix: str, upper: str, colour: str, label: str) -> None:
-    """The line and the band of one run."""
-    lowest, low, high = (curves.get(f"{prefix}/{name}", {}) for name in ("min_cosine", "p05_cosine", upper))
+def _draw_cosines(axes: Axes, curves: Mapping[str, Curve], keys: Sequence[str], colour: str, label: str) -> None:
+    """The line and the band of one run, ``keys`` naming the line and the ends of the band."""
+    lowest, low, high = (curves.get(key, {}) for key in keys)
     steps = [step for step in low if step in high]
     band = [low[step] for step in steps], [high[step] for step in steps]
     axes.fill_between(steps, *band, color=colour, alpha=0.18, linewidth=0)

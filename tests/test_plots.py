@@ -262,12 +262,19 @@ def test_plot_runs_of_one_run():
 
 
 def test_plot_runs_of_several_has_a_colour_for_each():
-    sparse = {"gradient_confusion/min_cosine": {0: 0.2}, "gradient_confusion/p95_cosine": {0: 0.9}}
+    sparse = {"gradient_confusion/min_cosine": {0: 0.2}}
     figure = plot_runs({"a": RUN, "b": sparse, "c": RUN})
     lines = figure.axes[0].lines[1:]
     assert len({line.get_color() for line in lines}) == 3
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c"]
-    assert figure.axes[0].get_title() == "line: min_cosine, band: p05_cosine to p95_cosine"
+
+
+def test_plot_runs_with_quantiles_has_a_band_between_them():
+    quantiles = {"gradient_confusion/cosines/p05": {0: -0.75, 50: -0.5}, "gradient_confusion/cosines/p95": {0: 0.875}}
+    axes = plot_runs({"a": RUN | quantiles}).axes[0]
+    heights = axes.collections[0].get_paths()[0].vertices.T[1]
+    assert (heights.min(), heights.max()) == (-0.75, 0.875)
+    assert axes.get_title() == "line: min_cosine, band: 5 % to 95 % of the cosines"
 
 
 def test_plot_runs_of_given_keys():
