@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint docs bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## */make \1\t/p' $(MAKEFILE_LIST)
@@ -23,13 +23,16 @@ lint: $(VENV)/.test  ## style, formatting and types
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
+docs: $(VENV)/.docs  ## the documentation as a site, in site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 bench: $(VENV)/.test  ## time and memory of the engines over an ordinary step, and the callback's share of a run
 	cd benchmarks && ../$(BIN)/python speed.py $(ARGS)
 	cd benchmarks && ../$(BIN)/python memory.py
 	cd benchmarks && ../$(BIN)/python overhead.py
 
 clean:  ## remove the environment and what runs left behind
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The stamps say when an environment was last installed, so that a second run installs nothing.
 # torch goes first and alone: pinned, so that no other requirement can pull in a newer build of several gigabytes.
@@ -49,3 +52,8 @@ $(VENV)/.test: $(VENV)/.torch setup.py
 	@echo "Installing lightning-gradconf with its tests into $(VENV)"
 	@$(INSTALL) --no-build-isolation -e '.[test]'
 	@touch $(VENV)/.examples $@
+
+$(VENV)/.docs: $(VENV)/.torch setup.py
+	@echo "Installing what builds the documentation into $(VENV)"
+	@$(INSTALL) --no-build-isolation -e '.[docs]'
+	@touch $@

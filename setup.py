@@ -12,6 +12,8 @@ VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE).group(1)
 PLOTS = ["matplotlib>=3.9", "scipy>=1.13"]  # the first built for NumPy 2, which torch 2.6 may bring
 SKLEARN = ["scikit-learn>=1.4.2"]  # 1.4.2: the first built for NumPy 2
 CLI = ["jsonargparse[signatures]>=4.27.7"]  # what pytorch-lightning 2.4 asks for its LightningCLI
+# mkdocs 1.6 validates anchors; latex2mathml: formulas that need no script to show; ruff breaks long signatures.
+DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=1.0", "latex2mathml>=3.77", "ruff>=0.9"]
 TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100"]
 LINT = ["ruff>=0.9", "mypy>=1.14"]  # ruff 0.9: the 2025 formatting style
 TESTED_WITH = ["lightning>=2.4,!=2.6.2,!=2.6.3", "rich>=13", "transformers>=4.48"]
@@ -48,6 +50,7 @@ setup(
         "plots": PLOTS,
         "examples": PLOTS + SKLEARN,
         "cli": CLI,
+        "docs": DOCS,
         "test": TEST + LINT + TESTED_WITH + LOGGERS + BROWSER + PLOTS + SKLEARN + CLI,
     },
 )
