@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gradconf import GradientConfusionCallback
-from lightning_gradconf.engines import ghost
+from lightning_gradconf.engines import ride
+from lightning_gradconf.engines.collector import Collector
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytorch_lightning.utilities.warnings.PossibleUserWarning"),
@@ -390,20 +391,15 @@ def test_a_backward_pass_that_breaks_off(module, tmp_path):
 
 
 def test_an_error_of_ours_reaches_nobody(tmp_path, monkeypatch):
-    def broken(*_):
-        raise MemoryError("no memory")
+    class Broken(Collector):
+        def _receive(self, *_):
+            raise MemoryError("no memory")
 
     scenario = Scenario(Plain)
     plain = run(scenario, tmp_path / "plain")
     confusion = GradientConfusionCallback(reuse_backward=True, every_n_train_steps=1)
     watch = Watch(confusion, monkeypatch)
-    inner = ghost.collect
-
-    def collect(*args):
-        receivers, finish = inner(*args)
-        return (dict.fromkeys(receivers, broken) if len(args) > 7 else receivers), finish
-
-    monkeypatch.setattr(ghost, "collect", collect)
+    monkeypatch.setattr(ride, "Collector", Broken)
     assert_same(plain, run(scenario, tmp_path / "measured", [confusion]))
     assert confusion.last_gram is not None and 2 in watch.passes
 

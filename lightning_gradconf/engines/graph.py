@@ -62,12 +62,14 @@ class Graph:
     """The uses of parameters in a loss.
 
     Attributes:
+        leaves: The parameters, by name.
         uses: In the order of the forward pass.
         bottom: Nodes with a use and none below them; nothing needs to be differentiated further than that.
         tail: All nodes between the loss and the first uses met from there.
         nodes: All nodes between the loss and any use.
     """
 
+    leaves: Mapping[str, Tensor]
     uses: list[Use] = field(default_factory=list)
     bottom: list[Node] = field(default_factory=list)
     tail: list[Node] = field(default_factory=list)
@@ -84,7 +86,7 @@ def read(root: Node | None, leaves: Mapping[str, Tensor], batch: int, free: Coll
         free: Parameters for which the first tensor that may be batched is taken to be free.
     """
     names = {id(leaf): name for name, leaf in leaves.items()}
-    graph = Graph()
+    graph = Graph(leaves)
     known: dict[Node, Free] = {}
     used: dict[Node, bool] = {}  # whether a node or one below it has a use
     for node in _leaves_first(root):

@@ -16,7 +16,7 @@ from lightning_gradconf.engines.nodes import saved
 def rows(node: Node, deltas: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of the gates ``(time, batch, 4 * hidden)``, the inputs and the previous hidden states."""
     if saved(node, "mode") != 2:
-        raise LookupError("the fused recurrent layer is no LSTM")
+        raise NotImplementedError("the fused recurrent layer is no LSTM")
     w_ih, w_hh, b_ih, b_hh = (saved(node, f"weight{i}") for i in range(4))
     x, output, h0, c0 = (saved(node, key) for key in ("input", "result0", "hx_", "cx_"))
     steps = range(len(x))[:: -1 if saved(node, "reverse") else 1]

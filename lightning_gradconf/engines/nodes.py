@@ -1,7 +1,7 @@
 """All that is read from autograd nodes beyond their public interface.
 
 PyTorch documents ``_saved_*`` in its notes on autograd, but promises none of these names. Where one is missing, a
-``LookupError`` says so, and whoever asked does without.
+``NotImplementedError`` says so, and whoever asked does without.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def saved(node: Node, name: str) -> Any:
     """Return what a node saved in the forward pass under ``name``.
 
     Raises:
-        LookupError: It saved nothing of this name.
+        NotImplementedError: It saved nothing of this name.
     """
     return _attribute(node, f"_saved_{name}")
 
@@ -63,4 +63,4 @@ def _attribute(node: Node, name: str) -> Any:
     try:
         return getattr(node, name)
     except AttributeError:
-        raise LookupError(f"{node.name()} has no attribute {name} in torch {torch.__version__}") from None
+        raise NotImplementedError(f"{node.name()} has no attribute {name} in torch {torch.__version__}") from None

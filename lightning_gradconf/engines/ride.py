@@ -7,16 +7,17 @@ a graph that was not met then, or that leaves room for the data to weigh or mix 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lightning_gradconf.engines import ghost, trust
 from lightning_gradconf.engines import graph as graphs
-from lightning_gradconf.engines.ghost import Grams, Memory, Pass
+from lightning_gradconf.engines import trust
+from lightning_gradconf.engines.collector import Collector, Grams, Receiver, sum_of, to_pull
+from lightning_gradconf.engines.memory import Memory
 from lightning_gradconf.engines.nodes import saved, unpacks
 
 # With dropout, nodes of these kinds come into the graph. They act on each number alone, so they mix nothing.
@@ -28,9 +29,7 @@ class Ride:
     """A backward pass that is listened to.
 
     Attributes:
-        found: What it brings.
-        receivers: What to do at each node.
-        finish: Completes ``found`` after the backward pass.
+        collector: Makes Grams of what it brings.
         scales: What turns a unit's contribution to the loss into its gradient, for each parameter.
         unseen: Parameters that had no gradient when they were to be checked.
         scale: What the training multiplied the loss by.
@@ -38,9 +37,7 @@ class Ride:
         handles: Of the hooks.
     """
 
-    found: Pass
-    receivers: dict[Node, ghost.Receiver]
-    finish: Callable[[], None]
+    collector: Collector
     scales: dict[str, float]
     unseen: set[str]
     scale: Tensor | None = None
@@ -50,12 +47,12 @@ class Ride:
     def listen(self, root: Node) -> None:
         """Register the hooks; ``root`` is the node that computed the loss of the module."""
         self.handles.append(root.register_prehook(self._once(self._read_scale)))
-        self.handles += [node.register_prehook(self._once(hook)) for node, hook in self.receivers.items()]
+        self.handles += [node.register_prehook(self._once(hook)) for node, hook in self.collector.receivers.items()]
 
     def _read_scale(self, deltas: Sequence[Tensor | None]) -> None:
         self.scale = None if deltas[0] is None else deltas[0].detach().clone()
 
-    def _once(self, hook: ghost.Receiver) -> ghost.Receiver:
+    def _once(self, hook: Receiver) -> Receiver:
         """An error in ``hook`` must not reach the training, nor a second backward pass through the same graph us."""
         called = False
 
@@ -76,7 +73,7 @@ class Ride:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        self.receivers.clear()
+        self.collector.receivers.clear()
 
     def grams(self) -> Grams:
         """Return the inner products of the units' gradients, after the backward pass.
@@ -89,14 +86,14 @@ class Ride:
         if self.scale is None:
             raise RuntimeError("the backward pass did not begin at the loss")
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            self.finish()
-            if self.found.missing:
-                raise RuntimeError(next(iter(self.found.missing.values())))
-            grams = self.found.grams
-            total = ghost.sum_of(grams)
-            if not all(trust.negligible(grams[name], total, self.found.epsilon) for name in self.unseen):
+            self.collector.finish()
+            found = self.collector.found
+            if found.missing:
+                raise RuntimeError(next(iter(found.missing.values())))
+            total = sum_of(found.grams)
+            if not all(trust.negligible(found.grams[name], total, found.facts.epsilon) for name in self.unseen):
                 raise RuntimeError("a parameter has a gradient that had none when it was to be checked")
-            return {name: gram * (self.scales[name] / self.scale.to(gram)) ** 2 for name, gram in grams.items()}
+            return {name: gram * (self.scales[name] / self.scale.to(gram)) ** 2 for name, gram in found.grams.items()}
 
 
 def board(root: Node, parameters: Mapping[str, Tensor], samples: int, k: int, first: int, memory: Memory) -> Ride:
@@ -112,35 +109,31 @@ def board(root: Node, parameters: Mapping[str, Tensor], samples: int, k: int, fi
 
     Raises:
         RuntimeError: The graph is none that was measured before, or not only its units decide about gradients.
-        LookupError: An attribute of a node is missing.
+        NotImplementedError: An attribute of a node is missing.
     """
     graph = graphs.read(root, parameters, samples)
     if any(unpacks(node) for node in graph.nodes):
         raise RuntimeError("saved tensors may be made only when they are asked for, as with activation checkpoints")
-    n = samples // k
-    signature = trust.signature(graph, n, k)
-    routes, kinds = memory.routes.get(signature), memory.kinds.get(signature)
-    if routes is None or routes.keys() != parameters.keys():
+    facts = trust.facts(graph, samples // k, k)
+    known = memory.known.get(facts.signature)
+    if known is None or known.routes.keys() != parameters.keys():
         raise RuntimeError("its parameters are used in other ways than in the measurement before")
-    if any(route.guess is None for route in routes.values()):
+    if any(route.guess is None for route in known.routes.values()):
         raise RuntimeError("some parameters take another engine")
-    if kinds is None or not trust.is_proven(graph) or trust.constants(graph) != memory.constants[signature]:
+    if known.kinds is None or not facts.proven or facts.constants != known.constants:
         raise RuntimeError("the data may weigh units, which is to be checked each time")
-    found = trust.kinds(graph)
-    if new := [kind for kind in found - kinds if kind not in _DROPOUT] or list(kinds - found):
+    if new := [kind for kind in facts.kinds - known.kinds if kind not in _DROPOUT] or list(known.kinds - facts.kinds):
         raise RuntimeError(f"it differs from the graph measured before ({new[0]})")
-    if free := {name for name, route in routes.items() if route.free}:
+    if free := {name for name, route in known.routes.items() if route.free}:
         graph = graphs.read(root, parameters, samples, free)
-    if (carrier := trust.carries_between_units(graph, n, k)) is not None:
+    if (carrier := trust.carries_between_units(graph, facts.n, k)) is not None:
         raise RuntimeError(f"{carrier} may carry values from one unit to another")
-    if trust.weighs_units(graph, n):
+    if trust.weighs_units(graph, facts.n):
         raise RuntimeError("units have different numbers of targets")
-    if names := ghost.to_pull(graph):
+    if names := to_pull(graph):
         raise RuntimeError(f"{min(names)} is transformed before it meets the data")
-    result = Pass(signature, True, (), trust.epsilon(graph), found)
-    receivers, finish = ghost.collect(parameters, graph, routes, result, n, k, memory, first)
-    scales = {name: route.scale for name, route in routes.items()}
-    return Ride(result, receivers, finish, scales, memory.unseen[signature])
+    collector = Collector(graph, facts, known.routes, memory.work, first)
+    return Ride(collector, {name: route.scale for name, route in known.routes.items()}, known.unseen)
 
 
 def root_of(loss: Tensor, divided_by: int | None, scaled: bool) -> Node:

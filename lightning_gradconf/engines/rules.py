@@ -71,7 +71,7 @@ class Units:
 
     def _choose(self, places: list[tuple[int, int]], x: Tensor) -> tuple[int, int]:
         if not places:
-            raise LookupError(f"no dimension of {tuple(x.shape)} holds {self.n} units of {self.k} samples")
+            raise NotImplementedError(f"no dimension of {tuple(x.shape)} holds {self.n} units of {self.k} samples")
         self.guesses = max(self.guesses, len(places))
         return places[min(self.guess, len(places) - 1)]
 
@@ -83,13 +83,13 @@ def contribution(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], u
     """Return what operand ``slot`` of ``node``, of the given shape, receives from each unit.
 
     Raises:
-        LookupError: There is no rule for the node, or it does not apply.
+        NotImplementedError: There is no rule for the node, or it does not apply.
     """
     name = node.name()
     if name not in RULES:
-        raise LookupError(f"there is no rule for {name}")
+        raise NotImplementedError(f"there is no rule for {name}")
     if delta.is_complex() or delta.is_sparse:
-        raise LookupError(f"{name} works on complex or sparse tensors")
+        raise NotImplementedError(f"{name} works on complex or sparse tensors")
     return RULES[name](node, slot, delta, shape, units)
 
 
@@ -120,7 +120,7 @@ def _mm(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], units: Uni
 
 def _mv(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], units: Units) -> Contribution:
     if slot != 1:
-        raise LookupError("a parameter is multiplied with a vector of data")
+        raise NotImplementedError("a parameter is multiplied with a vector of data")
     return units.reduce(wide(delta)[:, None] * saved(node, "self"), shape)
 
 
@@ -150,7 +150,7 @@ def _convolution(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], u
     if slot == 2:
         return units.reduce(wide(delta).flatten(2).sum(2), shape)
     if slot != 1:
-        raise LookupError("the input of a convolution is a parameter")
+        raise NotImplementedError("the input of a convolution is a parameter")
     x, delta = (units.rows(wide(t)).flatten(0, 1) for t in (saved(node, "input"), delta))
     stride, padding, dilation = (list(saved(node, key)) for key in ("stride", "padding", "dilation"))
     groups, transposed = saved(node, "groups"), saved(node, "transposed")
@@ -166,7 +166,7 @@ def _convolution(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], u
 def _embedding(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], units: Units) -> Contribution:
     index, padding = saved(node, "indices"), saved(node, "padding_idx")
     if saved(node, "scale_grad_by_freq"):
-        raise LookupError("an embedding counts its tokens over the whole batch")
+        raise NotImplementedError("an embedding counts its tokens over the whole batch")
     if 0 <= padding < shape[0]:
         delta = delta.masked_fill((index == padding).unsqueeze(-1), 0)
     return _lookup(index, delta, shape, units)
@@ -175,13 +175,13 @@ def _embedding(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], uni
 def _index(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], units: Units) -> Contribution:
     first, *rest = saved(node, "indices")
     if slot != 0 or first is None or any(index is not None for index in rest):
-        raise LookupError("a parameter is indexed in another dimension than its first")
+        raise NotImplementedError("a parameter is indexed in another dimension than its first")
     return _lookup(first % shape[0], delta, shape, units)
 
 
 def _index_select(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], units: Units) -> Contribution:
     if saved(node, "dim") != 0:
-        raise LookupError("a parameter is indexed in another dimension than its first")
+        raise NotImplementedError("a parameter is indexed in another dimension than its first")
     return _lookup(saved(node, "index"), delta, shape, units)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -19,6 +20,28 @@ from lightning_gradconf.engines.graph import Graph
 from lightning_gradconf.engines.nodes import dtypes, saved
 
 Signature = Hashable
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a graph of n units of k samples says about whether an earlier calibration holds.
+
+    Attributes:
+        signature: What must be the same for it to hold.
+        constants: The numbers that the loss is multiplied or divided by.
+        epsilon: The least precision of any result.
+        kinds: How many nodes of each kind there are.
+        proven: Whether there is no room for the data to weigh units differently, or to mix them at times.
+    """
+
+    n: int
+    k: int
+    signature: Signature
+    constants: tuple[float, ...]
+    epsilon: float
+    kinds: Counter[str]
+    proven: bool
+
 
 # Between the last parameters and the loss, these treat all samples alike, whatever the data: NllLoss by `equalise`.
 _ALIKE = {
@@ -37,8 +60,12 @@ _ALONG = {"IndexSelectBackward0", "GatherBackward0", "SortBackward0", "TopkBackw
 _ANYWHERE = ("Index", "Gather", "Scatter", "MaskedS", "Take", "PackPadded", "Sort", "Topk", "Put", "Unique")
 
 
-def signature(graph: Graph, n: int, k: int) -> Signature:
-    """Return what must be the same for an earlier calibration to hold."""
+def facts(graph: Graph, n: int, k: int) -> Facts:
+    """Return what there is to know about a graph of n units of k samples."""
+    return Facts(n, k, _signature(graph, n, k), _constants(graph), _epsilon(graph), _kinds(graph), _is_proven(graph))
+
+
+def _signature(graph: Graph, n: int, k: int) -> Signature:
     uses = frozenset((tuple(sorted(use.free.leaves)), use.slot, use.node.name()) for use in graph.uses)
     return n, k, uses, frozenset(node.name() for node in graph.tail), weighs_units(graph, n)
 
@@ -48,8 +75,8 @@ def weighs_units(graph: Graph, n: int) -> bool:
     return any(_weights_by_unit(node, n) is not None for node in graph.tail)
 
 
-def kinds(graph: Graph) -> Counter[str]:
-    """Return how many nodes of each kind there are; a product with data and a batch norm in training are such kinds."""
+def _kinds(graph: Graph) -> Counter[str]:
+    """Kinds of nodes; a product with data and a batch norm in training are such kinds."""
     found: Counter[str] = Counter()
     for node in graph.nodes:
         name = node.name()
@@ -64,24 +91,21 @@ def kinds(graph: Graph) -> Counter[str]:
 def _trains(node: Node) -> bool:
     try:
         return bool(saved(node, "training"))
-    except LookupError:  # of a kind that only training has
+    except NotImplementedError:  # of a kind that only training has
         return True
 
 
-def constants(graph: Graph) -> tuple[float, ...]:
-    """Return the numbers that the loss is multiplied or divided by."""
+def _constants(graph: Graph) -> tuple[float, ...]:
     values = (_constant(node) for node in graph.tail if node.name() in _PRODUCTS)
     return tuple(sorted(float(value) for value in values if value is not None and value.numel() == 1))
 
 
-def epsilon(graph: Graph) -> float:
-    """Return the least precision of any result in the graph."""
+def _epsilon(graph: Graph) -> float:
     kinds = {dtype for node in graph.nodes for dtype in dtypes(node) if dtype.is_floating_point}
     return max((torch.finfo(dtype).eps for dtype in kinds), default=0.0)
 
 
-def is_proven(graph: Graph) -> bool:
-    """Whether the graph leaves no room for the data to weigh units differently, or to mix them at times."""
+def _is_proven(graph: Graph) -> bool:
     for node in graph.tail:
         name = node.name()
         if name in _PRODUCTS:
