@@ -181,11 +181,12 @@ def _one_a_sample(leaf: Any, size: int) -> bool:
 
 def _leaves(node: Any, path: str = "batch") -> Iterator[tuple[str, Any]]:
     """Tensors and everything without tensors inside, each with the expression that leads to it."""
-    if isinstance(node, Tensor) or not _contains_tensor(node):
-        yield path, node
-    else:
-        for key, child in _children(node):
+    children = [] if isinstance(node, Tensor) else _children(node)
+    if any(_contains_tensor(child) for _, child in children):
+        for key, child in children:
             yield from _leaves(child, path + key)
+    else:
+        yield path, node
 
 
 def _map(function: Callable[[Any], Any], node: Any) -> Any:
@@ -201,10 +202,10 @@ def _contains_tensor(node: Any) -> bool:
 
 def _children(node: Any) -> list[tuple[str, Any]]:
     """The entries of a container, each with the suffix that leads to it; empty for everything else."""
-    if isinstance(node, Mapping):
-        return [(f"[{key!r}]", child) for key, child in node.items()]
     if isinstance(node, list | tuple):
         return [(f"[{i}]", child) for i, child in enumerate(node)]
+    if isinstance(node, Mapping):
+        return [(f"[{key!r}]", child) for key, child in node.items()]
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         return [(f".{field.name}", getattr(node, field.name)) for field in dataclasses.fields(node)]
     return []

@@ -17,7 +17,7 @@ from zoo import ZOO, Model, cross_entropy, labels, mean_square, normal
 
 from lightning_gradconf import gradient_gram
 from lightning_gradconf.engines import contraction, ghost, gram_of_units, loop, nodes, one_pass, rules, trust
-from lightning_gradconf.engines.contraction import Patches, Rows, Workspace, gram_of_sum, whole
+from lightning_gradconf.engines.contraction import Lookup, Patches, Rows, Workspace, gram_of_sum, whole
 from lightning_gradconf.engines.layers import MeasuredLayers
 from lightning_gradconf.engines.memory import Memory
 from lightning_gradconf.engines.objective import objective
@@ -338,6 +338,26 @@ def test_both_forms_of_rows(groups, n, rows, p, q):
     torch.testing.assert_close(part._pairs(Workspace()), want)
     torch.testing.assert_close(gram_of_sum([part], Workspace()), want)
     torch.testing.assert_close(whole(part), gradients)
+
+
+@given(st.integers(2, 5), st.integers(1, 6), st.integers(1, 40), st.integers(1, 4), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_rows_that_were_looked_up(n, rows, words, q, seed):
+    torch.manual_seed(seed)
+    part = Lookup(torch.randint(words, (n, rows)), torch.randn(n, rows, q).double(), words)
+    table = torch.zeros(n, words, q).double()
+    for unit in range(n):
+        for row in range(rows):
+            table[unit, part.index[unit, row]] += part.values[unit, row]
+    want = table.flatten(1) @ table.flatten(1).T
+    torch.testing.assert_close(whole(part), table.flatten(1))
+    torch.testing.assert_close(part.gram(Workspace()), want)
+    with pytest.MonkeyPatch.context() as patch:  # the way for words that most units share
+        patch.setattr(contraction, "_BLOCK", n * words)  # a few columns at a time
+        patch.setattr(Lookup, "_is_sparse", lambda *_: False)
+        torch.testing.assert_close(part.gram(Workspace()), want)
+        patch.setattr(Lookup, "_is_sparse", lambda *_: True)
+        torch.testing.assert_close(part.gram(Workspace()), want)
 
 
 LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {

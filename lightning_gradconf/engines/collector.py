@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,7 +96,9 @@ class Collector:
             if delta is None:
                 return
             device = delta.device.type
-            with torch._C.DisableTorchFunction(), torch.no_grad(), torch.autocast(device, enabled=False):
+            autocast = torch.is_autocast_enabled(device)  # to switch it off takes longer than to ask
+            precise = torch.autocast(device, enabled=False) if autocast else nullcontext()
+            with torch._C.DisableTorchFunction(), torch.no_grad(), precise:
                 self._receive(uses, top, delta, deltas)
 
         return receive

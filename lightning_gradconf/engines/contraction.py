@@ -101,12 +101,7 @@ class Rows:
         if self.left.shape[0] > 1:
             return self.block(lo, hi)
         left, right = self.left[0, ..., lo:hi].transpose(1, 2), self.right[0]
-        result = work.empty("rows", left, len(left), hi - lo, right.shape[2])
-        if left[0].numel() * right.shape[2] < 1 << 20:
-            return torch.bmm(left, right, out=result)
-        for unit, factors in enumerate(zip(left, right, strict=True)):  # faster than bmm for large matrices
-            torch.mm(*factors, out=result[unit])
-        return result
+        return torch.bmm(left, right, out=work.empty("rows", left, len(left), hi - lo, right.shape[2]))
 
     def _pairs(self, work: Workspace) -> Tensor:
         _, n, rows, _ = self.left.shape
@@ -145,18 +140,43 @@ class Lookup:
         return table.view(n, hi - lo, q)
 
     def gram(self, work: Workspace) -> Tensor:
-        """All inner products, ``(n, n)``: over the rows that were looked up, some columns at a time."""
+        """All inner products, ``(n, n)``: over the rows of the table that two units have both looked up."""
         n, _, q = self.values.shape
-        used, index = self.index.unique(return_inverse=True)  # type: ignore[no-untyped-call]
-        unit = torch.arange(n, device=index.device)[:, None]
-        target = (unit * len(used) + index).flatten()
+        unit = torch.arange(n, device=self.index.device)[:, None]
+        key, where = (self.index * n + unit).flatten().unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        values = self.values.new_zeros(len(key), q).index_add_(0, where, self.values.flatten(0, 1))
+        word, unit = key // n, key % n
+        if not self._is_sparse(word):
+            return self._by_table(word, unit, values)
         gram = self.values.new_zeros(n, n)
+        for distance in range(n):  # of the same row of the table, the units lie side by side
+            some, other = slice(0, len(key) - distance), slice(distance, None)
+            same = (word[some] == word[other]).nonzero().squeeze(1)
+            if not len(same):
+                break
+            products = (values[some][same] * values[other][same]).sum(1)
+            gram.index_put_((unit[some][same], unit[other][same]), products, accumulate=True)
+        return mirrored(gram)
+
+    def _is_sparse(self, word: Tensor) -> bool:
+        """Whether few units have looked up the same rows; ``word`` is in order."""
+        n, rows = self.index.shape
+        _, counts = word.unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
+        pairs = int(counts.square().sum())
+        return 8 * pairs < n * n * rows
+
+    def _by_table(self, word: Tensor, unit: Tensor, values: Tensor) -> Tensor:
+        """The part of the table that was looked up, some columns at a time."""
+        n, _, q = self.values.shape
+        used, word = word.unique_consecutive(return_inverse=True)  # type: ignore[no-untyped-call]
+        gram = values.new_zeros(n, n)
         step = max(1, _BLOCK // (n * len(used)))
         for lo in range(0, q, step):
-            values = self.values[..., lo : lo + step].flatten(0, 1)
-            table = values.new_zeros(n * len(used), values.shape[1]).index_add_(0, target, values).view(n, -1)
-            gram += table @ table.T
-        return gram
+            some = values[:, lo : lo + step]
+            table = values.new_zeros(n, len(used), some.shape[1])
+            table[unit, word] = some
+            accumulate(gram, table.flatten(1))
+        return mirrored(gram)
 
 
 @dataclass
@@ -251,23 +271,22 @@ class Patches:
         x = torch.unflatten(F.pad(self.input.movedim(1, -1), [0, 0, *edges]), 0, (self.n, -1))
         d = torch.unflatten(self.delta, 0, (self.n, -1)).transpose(1, 2).flatten(2)
         k, width, out_size = x.shape[1], kernel[-1], self.delta.shape[2:]
-        _, sample, *steps, channel = x.stride()
+        unit, sample, *steps, channel = x.stride()
         fits = [taps for taps in range(1, width + 1) if width % taps == 0 and self.n * out * channels * taps <= _BLOCK]
         taps = max(fits, default=1)
         strides = [step * stride for step, stride in zip(steps, self.stride, strict=True)]
-        window = work.empty("window", x, k, *out_size, taps, channels)
+        view = (unit, sample, *strides, steps[-1] * self.dilation[-1], channel)
         result = work.empty("rows", x, self.n, out, taps * channels)
+        # Few enough units at once for what they see to stay in the cache, and many enough for few calls.
+        together = max(1, (_BLOCK >> 3) // (d.shape[2] * taps * channels))
         gram = x.new_zeros(self.n, self.n)
         for offset in product(*map(range, kernel[:-1]), range(0, width, taps)):
             start = sum(o * step * dilation for o, step, dilation in zip(offset, steps, self.dilation, strict=True))
-            for unit in range(self.n):
-                seen = x[unit].as_strided(
-                    window.shape,
-                    (sample, *strides, steps[-1] * self.dilation[-1], channel),
-                    x[unit].storage_offset() + start,
-                )
-                window.copy_(seen)
-                torch.mm(d[unit], window.view(-1, taps * channels), out=result[unit])
+            for lo in range(0, self.n, together):
+                some = slice(lo, lo + together)
+                window = work.empty("window", x, len(d[some]), k, *out_size, taps, channels)
+                window.copy_(x.as_strided(window.shape, view, x.storage_offset() + lo * unit + start))
+                torch.bmm(d[some], window.view(len(window), -1, taps * channels), out=result[some])
             accumulate(gram, result.flatten(1))
         return mirrored(gram)
 

@@ -19,36 +19,40 @@ def rows(node: Node, deltas: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor,
         raise NotImplementedError("the fused recurrent layer is no LSTM")
     w_ih, w_hh, b_ih, b_hh = (saved(node, f"weight{i}") for i in range(4))
     x, output, h0, c0 = (saved(node, key) for key in ("input", "result0", "hx_", "cx_"))
-    steps = range(len(x))[:: -1 if saved(node, "reverse") else 1]
-    before = torch.cat([output[1:], h0[None]] if saved(node, "reverse") else [h0[None], output[:-1]])
-    gates = (x @ w_ih.T).add_(before @ w_hh.T)
+    reverse = saved(node, "reverse")
+    before = torch.cat([output[1:], h0[None]] if reverse else [h0[None], output[:-1]])
+    # Written to again and again: memory that is new costs more than the arithmetic here.
+    gates = (x @ w_ih.T).flatten(0, 1).addmm_(before.flatten(0, 1), w_hh.T).unflatten(0, x.shape[:2])
     if saved(node, "has_biases"):
         gates.add_(b_ih + b_hh)
     gates = gates.unflatten(2, (4, -1))
-    i, f, o = (gates[:, :, gate].sigmoid() for gate in (0, 1, 3))
-    g = gates[:, :, 2].tanh()
-    cells = torch.empty_like(output)
-    before_cells = torch.empty_like(output)
+    i, f, g, o = gates.unbind(2)
+    gates[:, :, :2].sigmoid_()
+    g.tanh_()
+    o.sigmoid_()
     made = i * g
-    cell = c0
+    states = torch.empty(len(x) + 1, *c0.shape, dtype=c0.dtype, device=c0.device)  # of the cell, over time
+    before_cells, cells = (states[1:], states[:-1]) if reverse else (states[:-1], states[1:])
+    steps = range(len(x))[:: -1 if reverse else 1]
+    states[-1 if reverse else 0] = c0
     for t in steps:
-        before_cells[t] = cell
-        cell = torch.addcmul(made[t], f[t], cell)
-        cells[t] = cell
+        torch.addcmul(made[t], f[t], before_cells[t], out=cells[t])
     tanh = cells.tanh()
-    # What the cell's gradient is multiplied with for the first three gates, and the state's for the last.
-    from_cell = torch.stack([made * (1 - i), before_cells * f * (1 - f), i * (1 - g * g)], 2)
-    from_state, to_cell = tanh * o * (1 - o), o * (1 - tanh * tanh)
+    kept, to_cell = f.clone(), o * (1 - tanh * tanh)
+    # In the place of the gates, what their gradients are made of: the cell's for the first three, the state's for o.
+    g.mul_(g).neg_().add_(1).mul_(i)
+    i.neg_().add_(1).mul_(made)
+    f.mul_(1 - f).mul_(before_cells)
+    o.mul_(1 - o).mul_(tanh)
     d_output, d_state, d_cell = deltas
     d_state = torch.zeros_like(h0) if d_state is None else d_state
     d_cell = torch.zeros_like(c0) if d_cell is None else d_cell
-    result = torch.empty_like(gates)
     for t in reversed(steps):
         if d_output is not None:
             d_state = d_state + d_output[t]
         d_cell = torch.addcmul(d_cell, d_state, to_cell[t])
-        torch.mul(from_cell[t], d_cell.unsqueeze(1), out=result[t, :, :3])
-        torch.mul(from_state[t], d_state, out=result[t, :, 3])
-        d_state = result[t].flatten(1) @ w_hh
-        d_cell = d_cell * f[t]
-    return result.flatten(2), x, before
+        gates[t, :, :3].mul_(d_cell.unsqueeze(1))
+        o[t].mul_(d_state)
+        d_state = gates[t].flatten(1) @ w_hh
+        d_cell = d_cell * kept[t]
+    return gates.flatten(2), x, before
