@@ -1,0 +1,102 @@
+"""What the figures of all studies share: lines with mean and standard deviation over seeds, densities, colours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.stats import gaussian_kde
+
+from .sweep import Record, curve
+
+INK, PALE = "#262626", "#d9d9d9"
+QUALITATIVE = ("#4c80b6", "#c44e52", "#55a868", "#8172b3", "#937860", "#da8bc3")
+
+
+def shades(count: int) -> list[Any]:
+    """Colours from light to dark, for something that grows."""
+    return [matplotlib.colormaps["viridis_r"](x) for x in np.linspace(0.15, 0.95, count)]
+
+
+def canvas(rows: int, columns: int) -> tuple[Figure, Any]:
+    """A figure and its axes, ``(rows, columns)``."""
+    figure = Figure(figsize=(4.1 * columns, 3.3 * rows), dpi=110, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for each in axes.flat:
+        each.spines[["top", "right"]].set_visible(False)
+        each.spines[["left", "bottom"]].set_color(PALE)
+        each.tick_params(which="both", colors=INK, labelsize=8)
+    return figure, axes
+
+
+def band(axes: Axes, x: Any, values: Any, colour: Any, name: str, **style: Any) -> None:
+    """Mean over seeds with one standard deviation around it; ``values`` is (seeds, x), NaN where a run had ended.
+
+    On a logarithmic axis both are of the logarithm.
+    """
+    values = np.asarray(values, dtype=float)
+    logarithmic = axes.get_yscale() == "log"
+    if logarithmic:
+        values = np.log(np.where(values > 0, values, np.nan))
+    known = np.isfinite(values).any(axis=0)
+    x, values = np.asarray(x)[known], values[:, known]
+    mean, deviation = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
+    lines = [mean, mean - deviation, mean + deviation]
+    middle, low, high = np.exp(lines) if logarithmic else lines
+    axes.plot(x, middle, color=colour, label=name, linewidth=1.6, **style)
+    axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def density(axes: Axes, records: Sequence[Record], colour: Any, name: str) -> None:
+    """Kernel density of the pairwise cosines at the end of training, of each seed, as a band; no diverged runs."""
+    grid = np.linspace(-1, 1, 201)
+    samples = [record["cosines"] for record in records if len(set(record["cosines"])) > 2]
+    if samples:
+        band(axes, grid, [gaussian_kde(sample)(grid) for sample in samples], colour, name)
+
+
+def training(groups: dict[str, list[Record]], colours: Sequence[Any], title: str) -> Figure:
+    """Loss, lowest cosine and final density side by side, a colour for each group of seeds."""
+    figure, (row,) = canvas(1, 3)
+    row[0].set(yscale="log", xlabel="epoch", ylabel="training loss (nats)", title="loss")
+    row[1].set(xlabel="epoch", ylabel="lowest cosine of two mini-batches", title="gradient confusion")
+    row[2].set(xlabel="cosine of two mini-batches, after training", ylabel="density", title="all pairs", xlim=(-1, 1))
+    for colour, (name, records) in zip(colours, groups.items(), strict=True):
+        epochs = range(records[0]["run"]["epochs"] + 1)
+        band(row[0], epochs, [curve(record, "loss") for record in records], colour, name)
+        band(row[1], epochs, [curve(record, "min_cosine") for record in records], colour, name)
+        density(row[2], records, colour, name)
+    for axes in row[:2]:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    row[1].axhline(0, color=PALE, linewidth=1, zorder=0)
+    row[2].axvline(0, color=PALE, linewidth=1, zorder=0)
+    label(figure, row[0], title)
+    return figure
+
+
+def sizes_on(axes: Axes, sizes: Sequence[int], name: str) -> None:
+    """A logarithmic x axis with a tick at each size."""
+    axes.set(xscale="log", xlabel=name)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.xaxis.minorticks_off()
+
+
+def label(figure: Figure, axes: Axes, title: str, columns: int = 6) -> None:
+    """One title and one legend, that of ``axes``, for the whole figure."""
+    for each in figure.axes:
+        each.title.set_fontsize(10)
+        each.xaxis.label.set_fontsize(9)
+        each.yaxis.label.set_fontsize(9)
+    handles = axes.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=11, color=INK)
+
+
+def save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
