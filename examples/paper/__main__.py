@@ -9,6 +9,7 @@ remove the folder.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import sys
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)}; all by default")
     parser.add_argument("--full", action="store_true", help="the paper's own setting, on CIFAR-10; for a GPU and days")
-    parser.add_argument("--fast", action="store_true", help="two epochs of tiny networks, to see that everything works")
+    parser.add_argument("--fast", action="store_true", help="an epoch of tiny networks, to see that everything works")
     parser.add_argument("--data", choices=data.NAMES, help="default: digits, with --full cifar10")
     parser.add_argument("--data-dir", help="folder of the files of MNIST or CIFAR")
     parser.add_argument("--save-dir", type=Path, default=Path("runs/paper"))
@@ -60,7 +61,10 @@ def main(arguments: list[str] | None = None) -> None:
             summary.append(f"## {name}\n\n{STUDIES[name].study(protocol, finish, folder)}\n")
     (folder / "summary.md").write_text("\n".join(summary))
     print("\n" + "\n".join(summary))
-    print(f"Figures, tables and CSV files are in {folder}.")
+    seconds = [json.loads(path.read_text())["cpu_seconds"] for path in (folder / "runs").glob("*.json")]
+    print(
+        f"{len(seconds)} runs took {sum(seconds) / 60:.1f} minutes of one core. Figures and CSV files are in {folder}."
+    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def canvas(rows: int, columns: int) -> tuple[Figure, Any]:
 
 
 def band(axes: Axes, x: Any, values: Any, colour: Any, name: str, **style: Any) -> None:
-    """Mean over seeds with one standard deviation around it; ``values`` is (seeds, x), NaN where a run had ended.
+    """Mean over seeds and their sample standard deviation; ``values`` is (seeds, x), NaN where a run had ended.
 
     On a logarithmic axis both are of the logarithm.
     """
@@ -43,9 +43,10 @@ def band(axes: Axes, x: Any, values: Any, colour: Any, name: str, **style: Any) 
     logarithmic = axes.get_yscale() == "log"
     if logarithmic:
         values = np.log(np.where(values > 0, values, np.nan))
-    known = np.isfinite(values).any(axis=0)
-    x, values = np.asarray(x)[known], values[:, known]
-    mean, deviation = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
+    count = np.isfinite(values).sum(axis=0)
+    x, values, count = np.asarray(x)[count > 0], values[:, count > 0], count[count > 0]
+    mean = np.nanmean(values, axis=0)
+    deviation = np.sqrt(np.nansum((values - mean) ** 2, axis=0) / np.maximum(count - 1, 1))
     lines = [mean, mean - deviation, mean + deviation]
     middle, low, high = np.exp(lines) if logarithmic else lines
     axes.plot(x, middle, color=colour, label=name, linewidth=1.6, **style)

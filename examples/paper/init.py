@@ -42,7 +42,7 @@ def runs(protocol: Protocol, activation: str, init: str) -> list[list[Run]]:
 
 
 def study(protocol: Protocol, finish: Finish, folder: Path) -> str:
-    """A table in Markdown; writes ``init.csv`` and ``init.png``."""
+    """Two tables in Markdown; writes ``init.csv`` and ``init.png``."""
     planned = {line: runs(protocol, *line[:2]) for line in LINES}
     todo = [run for pair in planned.values() for part in pair for run in part]
     records = finish(todo, "init")
@@ -50,20 +50,18 @@ def study(protocol: Protocol, finish: Finish, folder: Path) -> str:
     write_csv(records, folder / "init.csv")
 
     sizes = (protocol.init_depths, protocol.init_widths)
+    cells: dict[str, list[list[str]]] = {"min_cosine": [], "eta": []}
     figure, axes = canvas(2, 2)
-    lines = []
     for i, (line, pair) in enumerate(planned.items()):
         style = {"linestyle": "--" if line[1] == "orthogonal" else "-", "marker": "o", "markersize": 3}
-        cells = [line[2]]
-        for column, part in enumerate(pair):
-            for row, key in enumerate(("min_cosine", "eta")):
+        for row, key in enumerate(cells):
+            cells[key].append([line[2]])
+            for column, part in enumerate(pair):
                 flat = [by_run[run]["rows"][0][key] for run in part]
                 values = np.reshape(flat, (protocol.init_seeds, -1))
                 axes[row, column].set_yscale("log" if key == "eta" else "linear")
                 band(axes[row, column], sizes[column], values, QUALITATIVE[i // 2], line[2], **style)
-                if key == "min_cosine":
-                    cells += [spread(values[:, end].tolist()) for end in (0, -1)]
-        lines.append(cells)
+                cells[key][-1] += [spread(values[:, end].tolist(), 2 if row == 0 else 0) for end in (0, -1)]
     fixed = (f"{WIDTH} units wide", f"{DEPTH} hidden layers")
     for column, name in enumerate(("depth (hidden layers)", "width (units of a hidden layer)")):
         axes[0, column].set(ylabel="lowest cosine", title=f"{protocol.init_samples} samples, {fixed[column]}")
@@ -73,4 +71,4 @@ def study(protocol: Protocol, finish: Finish, folder: Path) -> str:
     label(figure, axes[0, 0], "At initialisation: gradients of single samples", columns=3)
     save(figure, folder / "init.png")
     ends = [f"{name} {part[end]}" for name, part in zip(("depth", "width"), sizes, strict=True) for end in (0, -1)]
-    return markdown(["min cosine at", *ends], lines)
+    return "\n\n".join(markdown([f"{key} at", *ends], lines) for key, lines in cells.items())

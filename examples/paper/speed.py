@@ -31,7 +31,7 @@ def study(protocol: Protocol, finish: Finish, folder: Path) -> str:
     records = list({json.dumps(record["run"]): record for record in records}.values())  # CNN-28-2 is in two
     write_summary(records, protocol.target, folder / "speed.csv")
     chosen = [record for record in records if not is_tuning(record)]
-    sets = {label: [r for r in chosen if kind(r) in kinds] for label, kinds in FAMILIES.items()}
+    sets = {name: [r for r in chosen if kind(r) in kinds] for name, kinds in FAMILIES.items()}
     measures: dict[str, Callable[[Record], float]] = {
         "at w_0": lambda record: float(curve(record, "min_cosine")[0]),
         f"mean until loss {protocol.target:g}": lambda record: confusion_until(record, protocol.target),
@@ -44,8 +44,8 @@ def study(protocol: Protocol, finish: Finish, folder: Path) -> str:
         ]
         lines.append([name, *cells, number(rank_correlation(records, measure, protocol.target))])
     save(scatter(records, protocol), folder / "speed.png")
-    with_size = [f"{label} ({len(members)})" for label, members in {**sets, "all": chosen}.items()]
-    return markdown(["confusion", *with_size, f"all, and the runs at other rates ({len(records)})"], lines)
+    sizes = [f"{name} ({len(members)})" for name, members in {**sets, "all": chosen}.items()]
+    return markdown(["confusion", *sizes, f"all, and the runs at other rates ({len(records)})"], lines)
 
 
 def rank_correlation(records: Sequence[Record], measure: Callable[[Record], float], target: float) -> float:

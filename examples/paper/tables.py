@@ -1,11 +1,10 @@
-"""Tables in Markdown, of means and standard deviations over seeds."""
+"""Tables in Markdown, of means and sample standard deviations over seeds."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
-
-import numpy as np
 
 from .sweep import Record, confusion_until, curve, epochs_to, final_loss
 
@@ -43,7 +42,9 @@ def spread(values: Sequence[float], digits: int = 2, missing: str = "diverged") 
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return missing
-    text = f"{number(float(np.mean(finite)), digits)} ± {number(float(np.std(finite)), digits)}"
+    text = number(statistics.fmean(finite), digits)
+    if len(finite) > 1:
+        text += f" ± {number(statistics.stdev(finite), digits)}"
     return text if len(finite) == len(values) else f"{text} ({len(values) - len(finite)} {missing})"
 
 
