@@ -40,8 +40,9 @@ def finish(runs: Sequence[Run], title: str, *, folder: Path, data_dir: str | Non
                 if (error := future.exception()) is not None:
                     raise RuntimeError(f"{futures[future]} failed: {error}") from error
                 bar.update()
-    except BaseException:  # also an interrupt, which the pool would have wait for all that is queued
-        pool.shutdown(wait=False, cancel_futures=True)
+    except BaseException:  # also an interrupt, which the pool would let wait for all that is queued
+        for future in futures:
+            future.cancel()
         raise
     return [json.loads(paths[run].read_text()) for run in runs]
 
