@@ -375,7 +375,7 @@ class GradientConfusionCallback(Callback):
                 target = objective(pl_module, loss, self.parameters)
                 how = (target, [unit.batch for unit in units], unit_size, self._engine, self.chunk_size, self.dropout)
                 if world_size() > 1:
-                    grams, used = distributed.gram_of_units(*how, device)
+                    grams, used = distributed.gram_of_units(*how)
                 else:
                     grams, used = gram_of_units(*how, self._memory)
                 if self._rider is not None and any(given):

@@ -1,13 +1,15 @@
 """Grams across ranks: every pair of units, also of different ranks, and no rank holds the gradients of all.
 
 Each rank computes the gradients of its own units. An all-to-all gives each rank its slice of the parameters for the
-units of all ranks; it contracts the slice, and an all-reduce of ``(n, n)`` adds the slices up. Without a process group
-the functions here do nothing.
+units of all ranks; it contracts the slice, and an all-reduce of ``(n, n)`` adds the slices up. What does not fit a
+memory budget is computed and sent again, block by block (`engines.blocks`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -16,10 +18,13 @@ from torch import Tensor
 from torch import distributed as dist
 
 from lightning_gradconf.engines import loop, vmap
+from lightning_gradconf.engines.blocks import Plan, Progress, Rows, blockwise, plan, repeatable
+from lightning_gradconf.engines.budget import bytes_for_gradients
 from lightning_gradconf.engines.layers import MeasuredLayers
-from lightning_gradconf.engines.objective import Objective
+from lightning_gradconf.engines.objective import Objective, bytes_per_unit
 
 Result = TypeVar("Result")
+_UNBOUNDED = 1 << 62
 
 
 def world_size() -> int:
@@ -70,35 +75,49 @@ def gram_of_units(
     engine: str,
     chunk_size: int | None,
     dropout: bool,
-    device: torch.device,
+    memory_budget: int | str | None = None,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, Tensor], str]:
     """Return the Gram ``(world_size * n, world_size * n)`` of each parameter in rank order, and the engine used.
 
     All ranks use the same engine, also where only one of them has to fall back. The engines that form no gradients
-    have nothing to exchange, so ``"auto"`` is vmap, then the loop.
+    have nothing to exchange, so ``"auto"`` is vmap, then the loop. ``memory_budget`` is that of each rank; all of them
+    follow the plan of the least.
     """
-    engines: dict[str, Callable[[], dict[str, Tensor]]] = {
-        "vmap": lambda: vmap.unit_gradients(target, units, chunk_size),
-        "loop": lambda: loop.unit_gradients(target, units),
-    }
-    names = list(engines) if engine in ("auto", "ghost") else [engine]
+    n, size, device = len(units), bytes_per_unit(target.parameters.values()), target.device
+    budget = agreed_budget(memory_budget, 2 * size, device)
+    engines = {"vmap": vmap.differentiator, "loop": loop.differentiator}
+
+    def measured(name: str) -> dict[str, Tensor]:
+        made = plan(n, size, budget, chunk_size if name == "vmap" else None)
+        compute = repeatable(on_all_ranks(lambda: engines[name](target), device), units, made)
+        return contract(n, lambda i, j: on_all_ranks(lambda: compute(i, j), device), made, size, progress)
+
     with MeasuredLayers(running_statistics=unit_size == 1, dropout=dropout):
-        for name in names:
-            try:
-                rows = on_all_ranks(engines[name], device)
-                break
-            except Exception:
-                if name == names[-1]:
-                    raise
-    return contract(rows), name
+        if engine in ("auto", "ghost"):
+            with suppress(Exception):  # whatever it was, it comes up again in the loop if it is the user's
+                return measured("vmap"), "vmap"
+            engine = "loop"
+        return measured(engine), engine
 
 
-def contract(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the Gram of each parameter over the units of all ranks, from this rank's gradients ``(n, numel)``.
+def agreed_budget(memory_budget: int | str | None, least: int, device: torch.device) -> int:
+    """Return the least of what the ranks may fill with gradients, so that all make the same plan."""
+    budget = on_all_ranks(lambda: bytes_for_gradients(memory_budget, least, device, world_size()), device)
+    return minimum(_UNBOUNDED if budget is None else budget, device)
 
-    Sends and receives about n * numel numbers a parameter, whatever the number of ranks.
+
+def contract(
+    n: int, compute: Callable[[int, int], Rows], made: Plan, size: int, progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """Return the Gram of each parameter over the units of all ranks, from what computes gradients of this rank's.
+
+    Each gradient that is computed is sent once. The exchange takes place in slices that need no more memory than a
+    gradient, of ``size`` bytes.
     """
-    grams = {name: _partial_gram(rows.pop(name)) for name in list(rows)}
+    # For what is sent, what is received, and the copy that pads a parameter to a multiple of the ranks.
+    slices = partial(_exchange, width=max(size // 3, 1 << 20) // made.chunk)
+    grams = blockwise(n, compute, made, ranks=world_size(), pieces=slices, progress=progress)
     for dtype in dict.fromkeys(gram.dtype for gram in grams.values()):  # in one order on all ranks, as no set has
         names = [name for name, gram in grams.items() if gram.dtype == dtype]
         total = torch.stack([grams[name] for name in names])
@@ -107,12 +126,17 @@ def contract(rows: dict[str, Tensor]) -> dict[str, Tensor]:
     return grams
 
 
-def _partial_gram(rows: Tensor) -> Tensor:
-    """What this rank's slice of one parameter contributes."""
-    ranks, n = world_size(), len(rows)
-    rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % ranks))
-    mine = rows.view(n, ranks, -1).transpose(0, 1).contiguous()
-    slices = torch.empty_like(mine)
-    dist.all_to_all_single(slices, mine)
-    slices = slices.view(ranks * n, -1)
-    return slices @ slices.T
+def _exchange(rows: Rows, width: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield this rank's part of the columns, for the units of all ranks, ``(ranks, units, columns)``.
+
+    Columns go in slices of ``width`` bytes a gradient; a parameter is released when all of it was sent.
+    """
+    ranks = world_size()
+    for name in list(rows):
+        whole = rows.pop(name)
+        for columns in torch.split(whole, max(1, width // (whole.itemsize * ranks)) * ranks, dim=1):
+            padded = torch.nn.functional.pad(columns, (0, -columns.shape[1] % ranks))
+            mine = padded.view(len(columns), ranks, -1).transpose(0, 1).contiguous()
+            slices = torch.empty_like(mine)
+            dist.all_to_all_single(slices, mine)
+            yield name, slices

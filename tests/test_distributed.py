@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from torch import distributed as dist
 
 from lightning_gradconf import distributed
+from lightning_gradconf.engines.blocks import Plan
 
 HERE = Path(__file__).parent
 
@@ -21,11 +22,28 @@ HERE = Path(__file__).parent
 # ---- the Gram of rows that lie on several ranks ----------------------------------------------------------------------
 
 
+PLANS = [Plan(block=3, chunk=3, passes=3), Plan(3, 1, 3), Plan(1, 1, 6), Plan(2, 1, 4), Plan(2, 2, 4)]
+
+
 def gram_on_rank(rank: int, ranks: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    rows = {name: part[rank * 3 : rank * 3 + 3].clone() for name, part in rows_of_all(ranks).items()}
-    grams = distributed.contract(rows)
+    mine = {name: part[rank * 3 : rank * 3 + 3] for name, part in rows_of_all(ranks).items()}
+    computed: list[dict[str, torch.Tensor]] = []
+
+    def compute(start: int, stop: int) -> dict[str, torch.Tensor]:
+        computed.append({name: part[start:stop].clone() for name, part in mine.items()})
+        return computed[-1]
+
+    sent = []
+    exchange = dist.all_to_all_single
+    dist.all_to_all_single = lambda out, given: (sent.append(given.nbytes), exchange(out, given))
+    results = []
+    for made in PLANS:
+        sent.clear()
+        grams = distributed.contract(3, compute, made, size=1)
+        results.append((grams, sum(sent), max(sent)))
+    dist.all_to_all_single = exchange
     decisions = [distributed.minimum(rank, torch.device("cpu"))]
     for failing in range(ranks + 1):
         try:
@@ -33,27 +51,34 @@ def gram_on_rank(rank: int, ranks: int, store: str, out: str) -> None:
             decisions.append("went on")
         except (ZeroDivisionError, RuntimeError) as error:
             decisions.append(type(error).__name__)
-    torch.save((grams, decisions, rows), f"{out}/{rank}.pt")
+    torch.save((results, decisions, computed), f"{out}/{rank}.pt")
     dist.destroy_process_group()
+
+
+SIZES = {"one": 1, "odd": 7, "even": 12, "wide": 500_000}
 
 
 def rows_of_all(ranks: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    sizes = {"one": 1, "odd": 7, "even": 12}
-    rows = {name: torch.randn(3 * ranks, size, generator=generator) for name, size in sizes.items()}
+    rows = {name: torch.randn(3 * ranks, size, generator=generator) for name, size in SIZES.items()}
     return rows | {"double": torch.randn(3 * ranks, 5, generator=generator).double()}
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_gram_over_ranks_is_that_of_all_rows(ranks, tmp_path):
     mp.spawn(gram_on_rank, args=(ranks, str(tmp_path / "store"), str(tmp_path)), nprocs=ranks)
-    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
-    for rank, (grams, decisions, rows) in enumerate(results):
-        for name, part in rows_of_all(ranks).items():
-            assert grams[name].dtype == part.dtype
-            torch.testing.assert_close(grams[name], part @ part.T, rtol=1e-6, atol=1e-6)
-            assert torch.equal(grams[name], results[0][0][name]), "bitwise the same on all ranks"
-        assert rows == {}, "gradients are released as they are contracted"
+    outcomes = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
+    for rank, (results, decisions, computed) in enumerate(outcomes):
+        for i, (made, (grams, sent, most)) in enumerate(zip(PLANS, results, strict=True)):
+            for name, part in rows_of_all(ranks).items():
+                assert grams[name].dtype == part.dtype
+                want = part.double() @ part.double().T
+                torch.testing.assert_close(grams[name].double(), want, rtol=0, atol=1e-5 * float(want.diagonal().max()))
+                assert torch.equal(grams[name], outcomes[0][0][i][0][name]), "bitwise the same on all ranks"
+            padded = sum(-(-size // ranks) * ranks * 4 for size in SIZES.values()) + -(-5 // ranks) * ranks * 8
+            assert made.passes * padded <= sent <= made.passes * (padded + 100), "each gradient is sent once"
+            assert most <= 1 << 20, "in slices"
+        assert all(rows == {} for rows in computed), "gradients are released as they are contracted"
         failed = ["ZeroDivisionError" if failing == rank else "RuntimeError" for failing in range(ranks)]
         assert decisions == [0, *failed, "went on"]
 

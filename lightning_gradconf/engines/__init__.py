@@ -19,8 +19,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lightning_gradconf.engines import ghost, loop, vmap
+from lightning_gradconf.engines.blocks import Progress, Rows, blockwise, plan, repeatable
+from lightning_gradconf.engines.budget import bytes_for_gradients
 from lightning_gradconf.engines.layers import MeasuredLayers
-from lightning_gradconf.engines.objective import LossFn, Objective, contract, objective
+from lightning_gradconf.engines.objective import LossFn, Objective, bytes_per_unit, objective
 from lightning_gradconf.isolation import untouched
 from lightning_gradconf.units import num_samples, split
 
@@ -38,6 +40,7 @@ def gradient_gram(
     chunk_size: int | None = None,
     parameters: str | Sequence[str] | None = None,
     dropout: bool = False,
+    memory_budget: int | str | None = None,
 ) -> dict[str, Tensor]:
     r"""Return the inner products of the units' gradients, :math:`K_{ij} = \langle g_i, g_j \rangle`, per parameter.
 
@@ -56,15 +59,20 @@ def gradient_gram(
         unit_size: Samples behind each gradient.
         engine: ``"ghost"`` takes one pass over all units and never holds all gradients, ``"vmap"`` forms all,
             ``"loop"`` one after the other; ``"auto"`` is the first of them that can.
-        chunk_size: How many units ``vmap`` differentiates at once; None is all of them.
+        chunk_size: How many units ``vmap`` differentiates at once; None is all of them, or what ``memory_budget``
+            allows.
         parameters: Glob patterns on the names of parameters; None is all that require grad.
         dropout: Leave dropout on, with masks of its own for each unit.
+        memory_budget: Bytes, or a text like ``"2GB"``, that ``vmap`` and ``loop`` may fill with gradients, beside what
+            an ordinary forward and backward pass takes. If not all fit, a block of them is held and the others are
+            computed again: the answer is the same and takes longer. None is half of the free memory.
 
     Returns:
         ``{parameter name: (n, n)}`` on the module's device, float64 for double parameters and float32 for all others.
 
     Raises:
-        ValueError: The samples cannot be told, no parameter is left, or the loss is no scalar.
+        ValueError: The samples cannot be told, no parameter is left, the loss is no scalar, or ``memory_budget`` has no
+            room for two gradients.
 
     Source: Definition 2.1 of `Sankararaman et al. 2020 <https://arxiv.org/abs/1904.06963>`_.
 
@@ -85,7 +93,8 @@ def gradient_gram(
         )
     target = objective(module, loss_fn, parameters)
     with untouched(module):
-        grams, _ = gram_of_units(target, split(batch, unit_size), unit_size, engine, chunk_size, dropout)
+        units = split(batch, unit_size)
+        grams, _ = gram_of_units(target, units, unit_size, engine, chunk_size, dropout, memory_budget=memory_budget)
     return grams
 
 
@@ -97,17 +106,31 @@ def gram_of_units(
     chunk_size: int | None = None,
     dropout: bool = False,
     memory: ghost.Memory | None = None,
+    memory_budget: int | str | None = None,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, Tensor], str]:
     """Return the Gram of each parameter, and the name of the engine that made them.
 
     ``unit_size`` is the samples in each unit, None if they cannot be told. With ``engine="auto"``, what cannot be
     measured in one pass goes through torch.func, and what torch.func cannot transform through the loop; the reason is
-    logged once. Give the same ``memory`` to all measurements of a run.
+    logged once. Give the same ``memory`` to all measurements of a run. ``progress`` is called while gradients are
+    computed one after the other, with their number so far and in all.
     """
+    n, size, device = (
+        len(units),
+        bytes_per_unit(target.parameters.values()),
+        next(iter(target.parameters.values())).device,
+    )
+    budget = bytes_for_gradients(memory_budget, 2 * size, device)
+
+    def by(gradients: Callable[[Sequence[Any]], Rows], chunk_size: int | None = None) -> dict[str, Tensor]:
+        made = plan(n, size, budget, chunk_size)
+        return blockwise(n, repeatable(gradients, units, made), made, progress=progress)
+
     engines: dict[str, Callable[[], dict[str, Tensor]]] = {
         "ghost": lambda: ghost.unit_grams(target, units, unit_size, memory),
-        "vmap": lambda: contract(vmap.unit_gradients(target, units, chunk_size)),
-        "loop": lambda: contract(loop.unit_gradients(target, units)),
+        "vmap": lambda: by(vmap.differentiator(target), chunk_size),
+        "loop": lambda: by(loop.differentiator(target)),
     }
     if engine != "auto" and engine not in engines:
         raise ValueError(f"engine={engine!r} is not one of 'auto', {', '.join(map(repr, engines))}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,19 +15,33 @@ from lightning_gradconf.units import copy_of
 
 def unit_gradients(objective: Objective, units: Sequence[Any]) -> dict[str, Tensor]:
     """Return the gradient of each unit's loss as ``{parameter name: (n, numel)}``."""
+    return differentiator(objective)(units)
+
+
+def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
+    """Return `unit_gradients` as a function of the units alone, for calls that share the copies of the module."""
     state = {name: p.detach().clone().requires_grad_() for name, p in objective.parameters.items()}
     state |= {name: t.detach().clone() for name, t in objective.constants.items()}
     versions = {name: t._version for name, t in state.items()}
     leaves = {name: state[name] for name in objective.parameters}
-    rows = {name: empty_rows(leaf, len(units)) for name, leaf in leaves.items()}
-    for i, unit in enumerate(units):
-        for name, gradient in objective.at(
-            state, copy_of(unit), lambda loss: _differentiate(objective, loss, leaves)
-        ).items():
-            if gradient is not None:
-                rows[name][i] = as_rows(gradient, 1)[0]
-        _refresh(objective, state, versions)
-    return rows
+
+    def gradients(units: Sequence[Any]) -> dict[str, Tensor]:
+        rows: dict[str, Tensor] = {}
+        for i, unit in enumerate(units):
+            found = objective.at(state, copy_of(unit), lambda loss: _differentiate(objective, loss, leaves))
+            _refresh(objective, state, versions)
+            for name, leaf in leaves.items():
+                gradient = found.pop(name)
+                if len(units) == 1 and gradient is not None:  # it is a row already
+                    rows[name] = as_rows(gradient, 1)
+                    continue
+                if i == 0:
+                    rows[name] = empty_rows(leaf, len(units))
+                if gradient is not None:
+                    rows[name][i] = as_rows(gradient, 1)[0]
+        return rows
+
+    return gradients
 
 
 def _differentiate(objective: Objective, loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:

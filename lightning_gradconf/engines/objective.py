@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -31,6 +31,11 @@ class Objective:
     loss_fn: LossFn
     parameters: dict[str, nn.Parameter]
     constants: dict[str, Tensor]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first of the parameters is."""
+        return next(iter(self.parameters.values())).device
 
     def at(self, tensors: dict[str, Tensor], unit: Any, then: Callable[[Tensor], Result]) -> Result:
         """Return ``then(loss of the unit)`` with ``tensors`` in place of the module's own.
@@ -95,6 +100,11 @@ def empty_rows(parameter: Tensor, n: int) -> Tensor:
     """Room for what `as_rows` makes of ``n`` gradients of a parameter."""
     numel = parameter.numel() * (2 if parameter.is_complex() else 1)
     return torch.zeros(n, numel, dtype=accumulation_dtype(parameter), device=parameter.device)
+
+
+def bytes_per_unit(parameters: Iterable[Tensor]) -> int:
+    """Return the size of one gradient as `as_rows` makes it."""
+    return sum(p.numel() * (2 if p.is_complex() else 1) * accumulation_dtype(p).itemsize for p in parameters)
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:

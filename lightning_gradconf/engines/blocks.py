@@ -1,0 +1,165 @@
+"""Exact Grams in bounded memory: hold a block of gradients, and compute the others again to pair them with it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_gradconf.isolation import random_states
+
+log = logging.getLogger("lightning_gradconf")
+Rows = dict[str, Tensor]
+Progress = Callable[[int, int], None]
+
+
+class Plan(NamedTuple):
+    """How the Gram of n gradients is made.
+
+    Attributes:
+        block: Gradients held at once.
+        chunk: Gradients computed at once, beside those held; ``block`` is a multiple of it.
+        passes: Gradients computed in all, some of them several times; n if all are held.
+    """
+
+    block: int
+    chunk: int
+    passes: int
+
+
+def plan(n: int, size: int, budget: int | None, chunk_size: int | None = None) -> Plan:
+    """Return how to make the Gram of ``n`` gradients of ``size`` bytes within ``budget`` bytes.
+
+    The copy of the parameters that engines work on, and the gradient that is just computed, take the place of the
+    parameters' gradients in an ordinary pass, which is not part of the budget. Computing several gradients at once
+    needs room for one more.
+
+    Raises:
+        ValueError: The budget has no room for two gradients.
+
+    >>> plan(n=32, size=10**9, budget=10**10)
+    Plan(block=9, chunk=1, passes=74)
+    """
+    room = n + 1 if budget is None else budget // max(1, size)
+    if room > n:
+        return Plan(n, min(chunk_size or n, n), n)
+    if room < 2:
+        raise ValueError(
+            f"memory_budget of {megabytes(budget or 0)} has no room for two gradients of {megabytes(size)}, which it "
+            f"takes to compare them; allow {megabytes(2 * size)}, measure fewer parameters (parameters=), or use "
+            "engine='ghost', which holds none where it applies"
+        )
+    chunk = min(chunk_size or max(1, room // 8), max(1, room // 3))
+    block = (room - chunk - (chunk > 1)) // chunk * chunk
+    made = Plan(block, chunk, sum(n - start for start in range(0, n, block)))
+    _say_once(n, size, made)
+    return made
+
+
+@lru_cache(maxsize=256)
+def _say_once(n: int, size: int, made: Plan) -> None:
+    log.info(
+        f"{n} gradients of {megabytes(size)} do not fit the memory budget: {made.block} are held at a time, and the "
+        f"others computed again to be paired with them, {made.passes / n - 1:.1f} extra passes over the units. Raise "
+        "memory_budget or lower num_units to be faster."
+    )
+
+
+def megabytes(size: int) -> str:
+    """Return a number of bytes as people read it."""
+    return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB"
+
+
+def blockwise(
+    n: int,
+    compute: Callable[[int, int], Rows],
+    made: Plan,
+    *,
+    ranks: int = 1,
+    pieces: Callable[[Rows], Iterator[tuple[str, Tensor]]] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Return the Gram ``(ranks * n, ranks * n)`` of each parameter.
+
+    Args:
+        n: The units of this rank.
+        compute: The gradients of this rank's units from one number to another, ``{parameter name: (units, numel)}``.
+        made: The plan.
+        ranks: How many ranks' units are compared.
+        pieces: What turns gradients of this rank into pieces of those of all, ``(ranks, units, columns)``, in the same
+            order each time; the Grams of the pieces of a parameter add up.
+        progress: Called with the gradients computed so far and those in all.
+    """
+    done = 0
+    grams: dict[str, Tensor] = {}
+
+    def add(name: str, left: Tensor, right: Tensor, i: slice, j: slice) -> None:
+        if name not in grams:
+            grams[name] = left.new_zeros(ranks, n, ranks, n)
+        product = (left.flatten(0, 1) @ right.flatten(0, 1).T).view(*left.shape[:2], *right.shape[:2])
+        grams[name][:, i, :, j] += product
+        if i != j:
+            grams[name][:, j, :, i] += product.permute(2, 3, 0, 1)
+
+    for low in range(0, n, made.block):
+        block = slice(low, min(low + made.block, n))
+        held: list[tuple[str, Tensor]] = []
+        for start in range(low, n, made.chunk):
+            chunk = slice(start, min(start + made.chunk, n))
+            for k, (name, piece) in enumerate((pieces or _alone)(compute(chunk.start, chunk.stop))):
+                if chunk == block:
+                    add(name, piece, piece, block, block)
+                    if block.stop < n:
+                        held.append((name, piece))
+                elif start < block.stop:
+                    if start == low:
+                        held.append((name, piece.new_empty(ranks, block.stop - low, piece.shape[2])))
+                    held[k][1][:, start - low : chunk.stop - low] = piece
+                else:
+                    add(name, held[k][1], piece, block, chunk)
+            if chunk.stop == block.stop and chunk != block:
+                for name, piece in held:
+                    add(name, piece, piece, block, block)
+            done += chunk.stop - start
+            if progress is not None:
+                progress(done, made.passes)
+    return {name: gram.view(ranks * n, ranks * n) for name, gram in grams.items()}
+
+
+def repeatable(
+    gradients: Callable[[Sequence[Any]], Rows], units: Sequence[Any], made: Plan
+) -> Callable[[int, int], Rows]:
+    """Return what computes the gradients of some units, the second time with the random numbers of the first.
+
+    Raises:
+        RuntimeError: (by what is returned) A gradient is another one the second time.
+    """
+    if made.passes == len(units):
+        return lambda start, stop: gradients(units[start:stop])
+    before: dict[int, list[tuple[Callable[[Any], Any], Any]]] = {}
+    norms: dict[int, Tensor] = {}
+
+    def compute(start: int, stop: int) -> Rows:
+        for restore, state in before.setdefault(start, random_states()):
+            restore(state)
+        rows = gradients(units[start:stop])
+        of_parameters = [torch.linalg.vector_norm(row, dim=1).double().cpu() for row in rows.values()]
+        now = torch.stack(of_parameters).square().sum(0)
+        if not torch.allclose(now, norms.setdefault(start, now), rtol=1e-3, atol=0.0, equal_nan=True):
+            raise RuntimeError(
+                "the gradient of a unit changed when it was computed again, so its loss depends on more than weights, "
+                "data and the global random state; raise memory_budget until all gradients fit, or use engine='ghost'"
+            )
+        return rows
+
+    return compute
+
+
+def _alone(rows: Rows) -> Iterator[tuple[str, Tensor]]:
+    """The gradients as they are, each released as soon as it is used."""
+    for name in list(rows):
+        yield name, rows.pop(name).unsqueeze(0)

@@ -1,0 +1,85 @@
+"""How much memory gradients may take: what the user allows, or a share of what is free."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+_SIZES = (
+    {"": 1} | {f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)} | {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}
+)
+# Of the free memory, since what a pass needs beside the gradients is not known beforehand.
+_SHARE = 0.5
+# Files under /sys/fs/cgroup with the limit of a container and with what it uses, of the two versions of control groups.
+_CONTAINER = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+
+
+def bytes_of(memory_budget: int | str) -> int:
+    """Return a memory budget in bytes.
+
+    Raises:
+        ValueError: It is no positive number of bytes and no size with a unit.
+
+    >>> bytes_of("500MB"), bytes_of("1.5 GiB")
+    (500000000, 1610612736)
+    """
+    if isinstance(memory_budget, str):
+        parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b|)\s*", memory_budget.lower())
+        number = int(float(parts[1]) * _SIZES[parts[2]]) if parts and parts[2] in _SIZES else 0
+    else:
+        number = memory_budget if isinstance(memory_budget, int) and not isinstance(memory_budget, bool) else 0
+    if number < 1:
+        raise ValueError(
+            f"memory_budget={memory_budget!r} is no amount of memory; give bytes as an integer, or a text like '2GB', "
+            "'500MB' or '1.5GiB'"
+        )
+    return number
+
+
+def bytes_for_gradients(
+    memory_budget: int | str | None, least: int, device: torch.device, ranks: int = 1
+) -> int | None:
+    """Return the bytes that gradients may take on a device: the budget, or without one a share of what is free.
+
+    Args:
+        memory_budget: What `bytes_of` takes; or None.
+        least: To be tried without a budget, however little is free.
+        device: Where the gradients are.
+        ranks: How many processes share the memory of a machine. Each has a GPU of its own.
+    """
+    if memory_budget is not None:
+        return bytes_of(memory_budget)
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for reuse
+        free: int | None = torch.cuda.mem_get_info(device)[0] + kept
+    else:
+        free = _free_of_machine()
+    if free is None:
+        return None
+    share = int(_SHARE * free / (1 if device.type == "cuda" else ranks))
+    # In coarse steps, so that measurements of one run have one plan.
+    step = 1 << max(0, share.bit_length() - 2)
+    return max(least, share // step * step)
+
+
+def _free_of_machine() -> int | None:
+    """Free memory in bytes: of the container, if it has a limit, and else of the machine."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        free = int(found[1]) * 1024 if found else None
+    else:
+        try:  # not what is free, but a bound on it
+            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError, OSError):
+            free = None
+    for limit, used in _CONTAINER:
+        try:
+            left = int(Path("/sys/fs/cgroup", limit).read_text()) - int(Path("/sys/fs/cgroup", used).read_text())
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+        free = left if free is None else min(free, left)
+    return free
