@@ -18,10 +18,10 @@ from torch import Tensor
 from torch import distributed as dist
 
 from lightning_gradconf.engines import loop, vmap
-from lightning_gradconf.engines.blocks import Plan, Progress, Rows, blockwise, plan, repeatable
+from lightning_gradconf.engines.blocks import Plan, Progress, Rows, blockwise, least, plan, repeatable
 from lightning_gradconf.engines.budget import bytes_for_gradients
 from lightning_gradconf.engines.layers import MeasuredLayers
-from lightning_gradconf.engines.objective import Objective, bytes_per_unit
+from lightning_gradconf.engines.objective import Objective, sizes
 
 Result = TypeVar("Result")
 _UNBOUNDED = 1 << 62
@@ -84,14 +84,14 @@ def gram_of_units(
     have nothing to exchange, so ``"auto"`` is vmap, then the loop. ``memory_budget`` is that of each rank; all of them
     follow the plan of the least.
     """
-    n, size, device = len(units), bytes_per_unit(target.parameters.values()), target.device
-    budget = agreed_budget(memory_budget, 2 * size, device)
+    n, bytes_of_each, device = len(units), sizes(target.parameters.values()), target.device
+    budget = agreed_budget(memory_budget, least(bytes_of_each), device)
     engines = {"vmap": vmap.differentiator, "loop": loop.differentiator}
 
     def measured(name: str) -> dict[str, Tensor]:
-        made = plan(n, size, budget, chunk_size if name == "vmap" else None)
+        made = plan(n, bytes_of_each, budget, chunk_size if name == "vmap" else None)
         compute = repeatable(on_all_ranks(lambda: engines[name](target), device), units, made)
-        return contract(n, lambda i, j: on_all_ranks(lambda: compute(i, j), device), made, size, progress)
+        return contract(n, lambda i, j: on_all_ranks(lambda: compute(i, j), device), made, sum(bytes_of_each), progress)
 
     with MeasuredLayers(running_statistics=unit_size == 1, dropout=dropout):
         if engine in ("auto", "ghost"):
@@ -101,9 +101,9 @@ def gram_of_units(
         return measured(engine), engine
 
 
-def agreed_budget(memory_budget: int | str | None, least: int, device: torch.device) -> int:
+def agreed_budget(memory_budget: int | str | None, smallest: int, device: torch.device) -> int:
     """Return the least of what the ranks may fill with gradients, so that all make the same plan."""
-    budget = on_all_ranks(lambda: bytes_for_gradients(memory_budget, least, device, world_size()), device)
+    budget = on_all_ranks(lambda: bytes_for_gradients(memory_budget, smallest, device, world_size()), device)
     return minimum(_UNBOUNDED if budget is None else budget, device)
 
 

@@ -19,10 +19,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lightning_gradconf.engines import ghost, loop, vmap
-from lightning_gradconf.engines.blocks import Progress, Rows, blockwise, plan, repeatable
+from lightning_gradconf.engines.blocks import Progress, Rows, blockwise, least, plan, repeatable
 from lightning_gradconf.engines.budget import bytes_for_gradients
 from lightning_gradconf.engines.layers import MeasuredLayers
-from lightning_gradconf.engines.objective import LossFn, Objective, bytes_per_unit, objective
+from lightning_gradconf.engines.objective import LossFn, Objective, objective, sizes
 from lightning_gradconf.isolation import untouched
 from lightning_gradconf.units import num_samples, split
 
@@ -116,15 +116,11 @@ def gram_of_units(
     logged once. Give the same ``memory`` to all measurements of a run. ``progress`` is called while gradients are
     computed one after the other, with their number so far and in all.
     """
-    n, size, device = (
-        len(units),
-        bytes_per_unit(target.parameters.values()),
-        next(iter(target.parameters.values())).device,
-    )
-    budget = bytes_for_gradients(memory_budget, 2 * size, device)
+    n, bytes_of_each = len(units), sizes(target.parameters.values())
+    budget = bytes_for_gradients(memory_budget, least(bytes_of_each), target.device)
 
     def by(gradients: Callable[[Sequence[Any]], Rows], chunk_size: int | None = None) -> dict[str, Tensor]:
-        made = plan(n, size, budget, chunk_size)
+        made = plan(n, bytes_of_each, budget, chunk_size)
         return blockwise(n, repeatable(gradients, units, made), made, progress=progress)
 
     engines: dict[str, Callable[[], dict[str, Tensor]]] = {

@@ -31,26 +31,32 @@ class Plan(NamedTuple):
     passes: int
 
 
-def plan(n: int, size: int, budget: int | None, chunk_size: int | None = None) -> Plan:
-    """Return how to make the Gram of ``n`` gradients of ``size`` bytes within ``budget`` bytes.
+def plan(n: int, sizes: Sequence[int], budget: int | None, chunk_size: int | None = None) -> Plan:
+    """Return how to make the Gram of ``n`` gradients within ``budget`` bytes.
 
-    The copy of the parameters that engines work on, and the gradient that is just computed, take the place of the
-    parameters' gradients in an ordinary pass, which is not part of the budget. Computing several gradients at once
-    needs room for one more.
+    Where an ordinary pass holds the parameters' gradients, engines hold copies of the parameters; beside these they
+    need room to rearrange one parameter's gradient, and for one more gradient if they compute several at once.
+
+    Args:
+        n: How many gradients.
+        sizes: The bytes of each parameter's gradient.
+        budget: None is without bound.
+        chunk_size: How many gradients are computed at once; None is as many as fit well.
 
     Raises:
         ValueError: The budget has no room for two gradients.
 
-    >>> plan(n=32, size=10**9, budget=10**10)
-    Plan(block=9, chunk=1, passes=74)
+    >>> plan(n=32, sizes=[2 * 10**8, 8 * 10**8], budget=10**10)
+    Plan(block=8, chunk=1, passes=80)
     """
-    room = n + 1 if budget is None else budget // max(1, size)
+    size, largest = sum(sizes), max(sizes)
+    room = n + 1 if budget is None else (budget - largest) // max(1, size)
     if room > n:
         return Plan(n, min(chunk_size or n, n), n)
     if room < 2:
         raise ValueError(
-            f"memory_budget of {megabytes(budget or 0)} has no room for two gradients of {megabytes(size)}, which it "
-            f"takes to compare them; allow {megabytes(2 * size)}, measure fewer parameters (parameters=), or use "
+            f"a memory budget of {megabytes(budget or 0)} has no room for two gradients of {megabytes(size)}, which it "
+            f"takes to compare them; allow {megabytes(least(sizes))}, measure fewer parameters (parameters=), or use "
             "engine='ghost', which holds none where it applies"
         )
     chunk = min(chunk_size or max(1, room // 8), max(1, room // 3))
@@ -58,6 +64,11 @@ def plan(n: int, size: int, budget: int | None, chunk_size: int | None = None) -
     made = Plan(block, chunk, sum(n - start for start in range(0, n, block)))
     _say_once(n, size, made)
     return made
+
+
+def least(sizes: Sequence[int]) -> int:
+    """Return the smallest budget that `plan` takes, in bytes."""
+    return 2 * sum(sizes) + max(sizes)
 
 
 @lru_cache(maxsize=256)
@@ -71,7 +82,7 @@ def _say_once(n: int, size: int, made: Plan) -> None:
 
 def megabytes(size: int) -> str:
     """Return a number of bytes as people read it."""
-    return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB"
+    return f"{size / 1e6:.3g} MB" if size < 1e9 else f"{size / 1e9:.3g} GB"
 
 
 def blockwise(

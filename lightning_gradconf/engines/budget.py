@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-_SIZES = (
-    {"": 1} | {f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)} | {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}
-)
+_SIZES = {"": 1, "b": 1}
+_SIZES |= {f"{prefix}b": 1000**i for i, prefix in enumerate("kmgt", 1)}
+_SIZES |= {f"{prefix}ib": 1024**i for i, prefix in enumerate("kmgt", 1)}
 # Of the free memory, since what a pass needs beside the gradients is not known beforehand.
 _SHARE = 0.5
 # Files under /sys/fs/cgroup with the limit of a container and with what it uses, of the two versions of control groups.
@@ -27,8 +27,8 @@ def bytes_of(memory_budget: int | str) -> int:
     (500000000, 1610612736)
     """
     if isinstance(memory_budget, str):
-        parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b|)\s*", memory_budget.lower())
-        number = int(float(parts[1]) * _SIZES[parts[2]]) if parts and parts[2] in _SIZES else 0
+        parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*((?:[kmgt]i?)?b|)\s*", memory_budget.lower())
+        number = int(float(parts[1]) * _SIZES[parts[2]]) if parts else 0
     else:
         number = memory_budget if isinstance(memory_budget, int) and not isinstance(memory_budget, bool) else 0
     if number < 1:
@@ -40,13 +40,13 @@ def bytes_of(memory_budget: int | str) -> int:
 
 
 def bytes_for_gradients(
-    memory_budget: int | str | None, least: int, device: torch.device, ranks: int = 1
+    memory_budget: int | str | None, smallest: int, device: torch.device, ranks: int = 1
 ) -> int | None:
     """Return the bytes that gradients may take on a device: the budget, or without one a share of what is free.
 
     Args:
         memory_budget: What `bytes_of` takes; or None.
-        least: To be tried without a budget, however little is free.
+        smallest: To be tried without a budget, however little is free.
         device: Where the gradients are.
         ranks: How many processes share the memory of a machine. Each has a GPU of its own.
     """
@@ -62,7 +62,7 @@ def bytes_for_gradients(
     share = int(_SHARE * free / (1 if device.type == "cuda" else ranks))
     # In coarse steps, so that measurements of one run have one plan.
     step = 1 << max(0, share.bit_length() - 2)
-    return max(least, share // step * step)
+    return max(smallest, share // step * step)
 
 
 def _free_of_machine() -> int | None:

@@ -102,9 +102,9 @@ def empty_rows(parameter: Tensor, n: int) -> Tensor:
     return torch.zeros(n, numel, dtype=accumulation_dtype(parameter), device=parameter.device)
 
 
-def bytes_per_unit(parameters: Iterable[Tensor]) -> int:
-    """Return the size of one gradient as `as_rows` makes it."""
-    return sum(p.numel() * (2 if p.is_complex() else 1) * accumulation_dtype(p).itemsize for p in parameters)
+def sizes(parameters: Iterable[Tensor]) -> list[int]:
+    """Return the bytes that `as_rows` makes of the gradient of each parameter."""
+    return [p.numel() * (2 if p.is_complex() else 1) * accumulation_dtype(p).itemsize for p in parameters]
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:

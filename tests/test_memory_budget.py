@@ -1,0 +1,254 @@
+"""Gradients that do not fit a memory budget: the same Gram, block by block, within that budget."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_gradconf import gradient_gram
+from lightning_gradconf.engines import blocks, budget
+from lightning_gradconf.engines.blocks import Plan, blockwise, plan
+
+N = 12
+
+
+def mlp(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
+
+
+def loss(module: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1])
+
+
+def batch(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(N, 5, generator=torch.Generator().manual_seed(1), dtype=dtype), torch.arange(N) % 3
+
+
+def gradient_bytes(module: nn.Module) -> int:
+    return sum(p.nbytes for p in module.parameters())
+
+
+def budget_for(module: nn.Module, gradients: float) -> int:
+    return int(gradients * gradient_bytes(module)) + max(p.nbytes for p in module.parameters())
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(n=st.integers(2, 200), room=st.integers(2, 250), chunk_size=st.none() | st.integers(1, 40))
+def test_plans_fit_and_cover_every_pair_once(n, room, chunk_size):
+    made = plan(n, [60, 40], room * 100 + 60, chunk_size)
+    if made.block < n:
+        assert made.block + made.chunk + (made.chunk > 1) <= room
+        assert made.block % made.chunk == 0
+    counts = torch.zeros(n, n)
+    computed = []
+
+    def ones(start, stop):
+        computed.append(stop - start)
+        return {"p": torch.ones(stop - start, 1)}
+
+    counts = blockwise(n, ones, made)["p"]
+    assert torch.equal(counts, torch.ones(n, n)), "each pair once"
+    assert sum(computed) == made.passes and max(computed) == made.chunk
+    assert (made.passes == n) == (made.block >= n)
+
+
+def test_a_budget_for_less_than_two_gradients_says_what_would_do():
+    words = r"budget of 0\.0025 MB has no room for two gradients of 0\.001 MB.* allow 0\.0026 MB.*parameters=.*ghost"
+    with pytest.raises(ValueError, match=words):
+        plan(10, [400, 600], 2500)
+    assert plan(10, [400, 600], 2600) == Plan(1, 1, 55)
+    with pytest.raises(ValueError, match="no room for two gradients"):
+        gradient_gram(mlp(), loss, batch(), engine="loop", memory_budget=100)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(5, 5), ("5", 5), ("5 B", 5), ("2GB", 2 * 10**9), ("1.5gib", 3 * 2**29), ("500 MB", 5 * 10**8), ("1 KiB", 1024)],
+)
+def test_budgets_are_read(given, expected):
+    assert budget.bytes_of(given) == expected
+
+
+@pytest.mark.parametrize("given", ["2 apples", "", "-1GB", "GB", "0", 0, -3, True, 1.5, "1 ib", "1e3"])
+def test_what_is_no_budget_is_named(given):
+    with pytest.raises(ValueError, match=r"memory_budget=.* is no amount of memory; .*'2GB'"):
+        budget.bytes_of(given)
+
+
+def test_without_a_budget_half_of_the_free_memory_is_taken(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(budget, "_free_of_machine", lambda: 1000)
+    assert budget.bytes_for_gradients(None, 1, cpu) == 256 + 128, "in coarse steps"
+    assert budget.bytes_for_gradients(None, 1, cpu, ranks=2) == 128 + 64
+    assert budget.bytes_for_gradients(None, 900, cpu) == 900, "two gradients are tried in any case"
+    assert budget.bytes_for_gradients("1MB", 1, cpu) == 10**6
+    monkeypatch.setattr(budget, "_free_of_machine", lambda: None)
+    assert budget.bytes_for_gradients(None, 1, cpu) is None
+
+
+def test_free_memory_is_that_of_the_machine_or_of_its_container(monkeypatch, tmp_path):
+    free = budget._free_of_machine()
+    assert free is None or free > 1 << 20
+    for name, content in {"max": "5000", "current": "2000", "none": "max"}.items():
+        (tmp_path / name).write_text(content)
+    limited, unlimited = (tmp_path / "max", tmp_path / "current"), (tmp_path / "none", tmp_path / "current")
+    monkeypatch.setattr(budget, "_CONTAINER", (limited, unlimited))
+    assert budget._free_of_machine() == 3000
+    monkeypatch.setattr(budget, "_CONTAINER", (unlimited,))
+    assert (budget._free_of_machine() or 1 << 30) > 1 << 20
+
+
+# ---- the Gram --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradients", [2, 3, 5, 9, 11.9])
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_blocks_change_nothing(engine, gradients, dtype, tolerance):
+    module = mlp(dtype)
+    whole = gradient_gram(module, loss, batch(dtype), engine=engine)
+    calls = []
+
+    def counted(module, batch):
+        calls.append(1)
+        return loss(module, batch)
+
+    blocked = gradient_gram(module, counted, batch(dtype), engine=engine, memory_budget=budget_for(module, gradients))
+    assert len(calls) > (N if engine == "loop" else 1), "some gradients are computed again"
+    assert blocked.keys() == whole.keys()
+    scale = sum(whole.values()).diagonal().max()
+    for name, gram in blocked.items():
+        torch.testing.assert_close(gram / scale, whole[name] / scale, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2, 100])
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_what_is_computed_again_meets_the_same_random_numbers(engine, chunk_size):
+    """A rank-one loss whose gradient is the mask: the Gram of a unit with itself tells one mask from two."""
+    module = nn.Linear(64, 1, bias=False, dtype=torch.float64)
+
+    def masked(module, x):
+        return (module.weight * F.dropout(x, 0.5)).sum() * 0.5
+
+    x = torch.ones(N, 64, dtype=torch.float64)
+    grams = gradient_gram(
+        module, masked, x, engine=engine, chunk_size=chunk_size, dropout=True, memory_budget=budget_for(module, 5)
+    )
+    gram = grams["weight"]
+    assert len({float(v) for v in gram[0]}) > 3, "each unit has a mask of its own"
+    assert torch.linalg.eigvalsh(gram).min() > -1e-9, "the masks of one unit are one mask"
+    again = gradient_gram(module, masked, x, engine="loop", dropout=True)["weight"]
+    if engine == "loop":
+        torch.manual_seed(3)
+        first = gradient_gram(module, masked, x, engine="loop", dropout=True)["weight"]
+        torch.manual_seed(3)
+        blocked = gradient_gram(module, masked, x, engine="loop", dropout=True, memory_budget=budget_for(module, 5))
+        torch.testing.assert_close(blocked["weight"], first, rtol=1e-12, atol=1e-12)
+        assert again.shape == first.shape
+
+
+def test_a_loss_that_is_another_each_time_is_refused():
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(module, batch):
+        noise = torch.randn(batch[0].shape, generator=generator, dtype=batch[0].dtype)
+        return loss(module, (batch[0] + noise, batch[1]))
+
+    with pytest.raises(RuntimeError, match=r"changed when it was computed again.*raise memory_budget"):
+        gradient_gram(mlp(), noisy, batch(), engine="loop", memory_budget=budget_for(mlp(), 4))
+
+
+def test_what_is_not_finite_is_no_change():
+    x, y = batch()
+    x[3] = torch.nan
+    gram = gradient_gram(mlp(), loss, (x, y), engine="loop", memory_budget=budget_for(mlp(), 4))["0.weight"]
+    assert gram[3].isnan().all() and gram[0, 1].isfinite()
+
+
+def test_the_plan_is_announced_once(caplog):
+    blocks._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, "lightning_gradconf"):
+        for _ in range(2):
+            gradient_gram(mlp(), loss, batch(), engine="loop", memory_budget=budget_for(mlp(), 5))
+    (record,) = caplog.records
+    assert "12 gradients of 0.000528 MB do not fit the memory budget: 4 are held at a time" in record.getMessage()
+    assert "1.0 extra passes" in record.getMessage()
+
+
+# ---- the peak, each in a process of its own --------------------------------------------------------------------------
+
+WIDTH, UNITS = 640, 32
+
+
+def peak(method: str, share: float) -> None:
+    """Print the bytes of all gradients, and the highest resident memory while they are measured above that before."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    inner = [layer for _ in range(4) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
+    model = nn.Sequential(nn.Linear(64, WIDTH), nn.ReLU(), *inner, nn.Linear(WIDTH, 10))
+    data = torch.randn(UNITS, 64), torch.arange(UNITS) % 10
+    everything = UNITS * gradient_bytes(model)
+    engine = "loop" if method == "ordinary" else method
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is imported on the first call counts as there before
+        gradient_gram(mlp(torch.float32), loss, batch(torch.float32), engine=engine)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    if method == "ordinary":
+        loss(model, data).backward()
+    else:
+        gradient_gram(model, loss, data, engine=method, memory_budget=int(share * everything))
+    print(everything, resident("VmHWM") - before)
+
+
+def resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+
+
+def peak_in_a_process(method: str, share: float = 0.0) -> tuple[int, int]:
+    # Memory goes back to the system when it is freed, large or small, and there is one heap.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, __file__, method, str(share)], capture_output=True, text=True, env=env, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    everything, highest = map(int, done.stdout.split())
+    return everything, highest
+
+
+@pytest.fixture(scope="module")
+def ordinary_peak():
+    return peak_in_a_process("ordinary")[1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from /proc, which is Linux")
+@pytest.mark.parametrize("share", [1 / 2, 1 / 4, 1 / 10])
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_peak_memory_is_within_the_budget_and_one_ordinary_pass(engine, share, ordinary_peak):
+    everything, highest = peak_in_a_process(engine, share)
+    assert highest <= share * everything + ordinary_peak
+    assert highest >= 0.6 * share * everything, "and the budget is used"
+
+
+if __name__ == "__main__":
+    peak(sys.argv[1], float(sys.argv[2]))
