@@ -117,7 +117,11 @@ def contract(
     """
     # For what is sent, what is received, and the copy that pads a parameter to a multiple of the ranks.
     slices = partial(_exchange, width=max(size // 3, 1 << 20) // made.chunk)
-    grams = blockwise(n, compute, made, ranks=world_size(), pieces=slices, progress=progress)
+    return add_up(blockwise(n, compute, made, ranks=world_size(), pieces=slices, progress=progress))
+
+
+def add_up(grams: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the sums over ranks of what each of them has of the Gram of each parameter."""
     for dtype in dict.fromkeys(gram.dtype for gram in grams.values()):  # in one order on all ranks, as no set has
         names = [name for name, gram in grams.items() if gram.dtype == dtype]
         total = torch.stack([grams[name] for name in names])

@@ -45,9 +45,7 @@ class Objective:
         """
 
         def run(module: nn.Module) -> Result:
-            loss = self.loss_fn(module, unit)
-            _check_loss(loss)
-            return then(loss.reshape(()) if loss.dim() else loss)
+            return then(checked(self.loss_fn(module, unit)))
 
         swapped = {f"module.{name}": tensor for name, tensor in tensors.items()}
         return functional_call(_Caller(self.module), swapped, (run,))  # type: ignore[no-any-return]
@@ -136,9 +134,15 @@ def run_backward(
     return gradients
 
 
-def _check_loss(loss: Any) -> None:
+def checked(loss: Any) -> Tensor:
+    """Return the loss of a unit without dimensions.
+
+    Raises:
+        ValueError: It is not one floating-point number, or depends on no parameter.
+    """
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         found = f"{loss.dtype} {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"the loss of a unit must be one floating-point number, found {found}; return its mean")
     if not loss.requires_grad:
         raise ValueError("the loss does not depend on any parameter; is it detached, or computed under no_grad?")
+    return loss.reshape(()) if loss.dim() else loss

@@ -1,0 +1,131 @@
+"""FSDP2: units that span the ranks, and Grams of the shards that each rank holds; no gradient is ever gathered.
+
+A module sharded by ``fully_shard`` only runs on all ranks together, and its backward pass gives each rank its shard of
+the gradient of the mean of all ranks' losses. So unit j is the j-th unit of every rank taken together. Each rank
+contracts its shards, and an all-reduce of ``(n, n)`` adds them up.
+
+A rank that fails within a forward or backward pass leaves the others waiting in it, as in training; what can be agreed
+upon between passes is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradconf.distributed import add_up, agreed_budget, on_all_ranks, world_size
+from lightning_gradconf.engines.blocks import Progress, Rows, blockwise, least, plan, repeatable
+from lightning_gradconf.engines.layers import MeasuredLayers
+from lightning_gradconf.engines.objective import Objective, as_rows, checked, empty_rows, run_backward, sizes
+from lightning_gradconf.units import copy_of
+
+
+def reason_not_to_measure(module: nn.Module) -> str | None:
+    """Return why the parameters' shards cannot be read, None if they can."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor, Shard
+
+    managed = {id(p) for part in module.modules() if isinstance(part, FSDPModule) for p in part.parameters()}
+    for name, p in module.named_parameters():
+        if not p.requires_grad:
+            continue
+        if id(p) not in managed or not isinstance(p, DTensor):
+            return f"parameter {name!r} is not sharded by fully_shard, so its gradients differ between ranks"
+        if p.device_mesh.ndim != 1 or p.device_mesh.size() != world_size() or not isinstance(p.placements[0], Shard):
+            return (
+                f"parameter {name!r} is not sharded over all ranks alone; hybrid and tensor parallel are not supported"
+            )
+    return None
+
+
+def gram_of_units(
+    target: Objective,
+    units: Sequence[Any],
+    unit_size: int | None,
+    dropout: bool,
+    memory_budget: int | str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Return the Gram ``(n, n)`` of each parameter, by one forward and backward pass a unit on all ranks together.
+
+    Args:
+        target: What to differentiate; its parameters are sharded over all ranks.
+        units: This rank's part of each of the n units.
+        unit_size: Samples in such a part, None if they cannot be told.
+        dropout: Leave dropout on.
+        memory_budget: What each rank may fill with shards of gradients.
+        progress: As for `blockwise`.
+    """
+    n, device = len(units), target.device
+    shards = sizes(_largest_shard(p) for p in target.parameters.values())
+    made = plan(n, shards, agreed_budget(memory_budget, least(shards), device))
+    compute = repeatable(lambda some: _gradients(target, some), units, made)
+    with MeasuredLayers(running_statistics=unit_size == 1, dropout=dropout), _apart(target.module):
+        grams = blockwise(n, lambda i, j: on_all_ranks(lambda: compute(i, j), device), made, progress=progress)
+    return add_up(grams)
+
+
+def _gradients(target: Objective, units: Sequence[Any]) -> Rows:
+    """This rank's shards of the gradients of some units, ``(units, numel)``."""
+    rows: Rows = {}
+    for i, unit in enumerate(units):
+        loss = on_all_ranks(lambda unit=unit: checked(target.loss_fn(target.module, copy_of(unit))), target.device)
+        run_backward(loss, (), keep_graph=False)
+        for name, p in target.parameters.items():
+            shard = _local(p) if p.grad is None else as_rows(_local(p.grad), 1)
+            if len(units) == 1 and p.grad is not None:
+                rows[name] = shard
+                continue
+            if i == 0:
+                rows[name] = empty_rows(_local(p), len(units))
+            if p.grad is not None:
+                rows[name][i] = shard[0]
+        for p in target.module.parameters():
+            p.grad = None
+    return rows
+
+
+@contextmanager
+def _apart(module: nn.Module) -> Iterator[None]:
+    """Within this context the parameters have no gradients; theirs, and the buffers, are put back in the end."""
+    held = [(p, p.grad) for p in module.parameters()]
+    buffers = [(b, b.detach().clone()) for b in module.buffers()]
+    for p, _ in held:
+        p.grad = None
+    try:
+        yield
+    except BaseException:
+        _rest(module)
+        raise
+    finally:
+        for p, gradient in held:
+            p.grad = gradient
+        for buffer, saved in buffers:
+            buffer.data.copy_(saved)
+
+
+def _rest(module: nn.Module) -> None:
+    """Bring a sharded module that stopped in the middle of a pass to where a pass starts."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+            state = part._get_fsdp_state()
+            state._state_ctx.iter_forward_root = None
+            state._comm_ctx.post_forward_order.clear()
+
+
+def _largest_shard(p: Tensor) -> Tensor:
+    """A tensor without memory, of the size that the first rank's shard has."""
+    along = p.placements[0].dim
+    rows = -(-p.shape[along] // world_size())
+    return torch.empty(rows, p.numel() // max(1, p.shape[along]), dtype=p.dtype, device="meta")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local()
