@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_gradconf import distributed, sampling
+from lightning_gradconf import distributed, sampling, sharded
 from lightning_gradconf._lightning import Callback, MisconfigurationException, warn
 from lightning_gradconf.distributed import gather, minimum, on_all_ranks, world_size
 from lightning_gradconf.engines import Engine, gram_of_units
+from lightning_gradconf.engines.budget import bytes_of
 from lightning_gradconf.engines.ghost import Memory
-from lightning_gradconf.engines.objective import objective
+from lightning_gradconf.engines.objective import Objective, objective
 from lightning_gradconf.layout import add_layout, charts
 from lightning_gradconf.loggers import kind, log_numbers
 from lightning_gradconf.probe import (
@@ -30,6 +31,7 @@ from lightning_gradconf.probe import (
     reason_not_to_ride,
     step_loss,
 )
+from lightning_gradconf.progress import shown
 from lightning_gradconf.report import Measurement, Pair, Report
 from lightning_gradconf.riding import Rider
 from lightning_gradconf.sampling import Unit
@@ -62,6 +64,13 @@ class GradientConfusionCallback(Callback):
     them. The minimum over pairs falls with their number: compare curves of equal ``num_units`` and ``unit_size``.
     Within a run the number is constant.
 
+    The paper's protocol, as we understand it, is
+    ``GradientConfusionCallback(every_n_epochs=1, source="fresh", num_units=100, unit_size=128)``. Units are drawn
+    without replacement: a dataset of 1797 samples gives 14 of them.
+
+    Under DDP each rank has ``num_units`` units, and all pairs count. Under FSDP2 (``ModelParallelStrategy``) a unit is
+    ``unit_size`` samples of each rank.
+
     Args:
         every_n_train_steps: Measure at every n-th optimizer step. By default, and without ``every_n_epochs``, it is
             the Trainer's ``log_every_n_steps``.
@@ -79,6 +88,9 @@ class GradientConfusionCallback(Callback):
         chunk_size: Units differentiated at once by ``vmap``.
         parameters: Glob patterns on names of parameters; None is all that require grad.
         loss_fn: ``loss_fn(module, batch)``, instead of ``training_step``. Needed with manual optimization.
+        memory_budget: Bytes, or a text like ``"2GB"``, that each process may fill with gradients beside what a
+            training step takes. If not all fit, some are computed again: the values are the same, and take longer.
+            None is half of the free memory. ``ghost`` holds no gradients and needs no budget.
         dropout: Measure with dropout on. By default its probability is zero while measuring.
         statistics: Names of statistics, ``"default"`` or ``"all"``.
         per_layer: Log ``{prefix}/min_cosine/{submodule}`` too: of each submodule that has parameters (True), or of
@@ -137,6 +149,7 @@ class GradientConfusionCallback(Callback):
         engine: Engine = "auto",
         reuse_backward: bool = False,
         chunk_size: int | None = None,
+        memory_budget: int | str | None = None,
         parameters: str | Sequence[str] | None = None,
         loss_fn: Callable[[LightningModule, Any], Tensor] | None = None,
         dropout: bool = False,
@@ -160,6 +173,8 @@ class GradientConfusionCallback(Callback):
         _check_at_least(1, every_n_train_steps=every_n_train_steps, every_n_epochs=every_n_epochs)
         _check_at_least(2, num_units=num_units)
         _check_at_least(1, unit_size=None if unit_size == "batch" else unit_size, chunk_size=chunk_size)
+        if memory_budget is not None:
+            bytes_of(memory_budget)
         _check_at_least(0, per_layer=int(per_layer) if isinstance(per_layer, bool) else per_layer, seed=seed)
         _check_at_least(0, top_pairs=top_pairs)
         if not isinstance(source, DataLoader) and source not in ("current", "fresh", "fixed"):
@@ -189,6 +204,7 @@ class GradientConfusionCallback(Callback):
         self.engine = engine
         self.reuse_backward = reuse_backward
         self.chunk_size = chunk_size
+        self.memory_budget = memory_budget
         self.parameters = parameters
         self.loss_fn = loss_fn
         self.dropout = dropout
@@ -227,6 +243,7 @@ class GradientConfusionCallback(Callback):
         self._fixed: list[Unit] | None = None
         self._measured_at: int | None = None
         self._memory: Memory | None = None
+        self._sharded = False
         self._rider: Rider | None = None
         self._riding: tuple[int, list[Unit]] | None = None
         self._report = Report(
@@ -242,6 +259,7 @@ class GradientConfusionCallback(Callback):
         """Decide once whether this run can be measured."""
         self._start_run()
         self._memory = Memory()
+        self._sharded = sharded.is_sharded(pl_module)
         reason = reason_not_to_measure(trainer, pl_module, self.loss_fn)
         if reason is None and any(self.source is loader for loader in sampling.training_loaders(trainer)):
             reason = "source= is the training loader itself, whose order would change; use source='fresh'"
@@ -250,6 +268,8 @@ class GradientConfusionCallback(Callback):
         self._enabled = reason is None
         if reason is not None:
             self._warn_once(f"measures nothing in this run. {reason}.")
+        elif self._sharded and (self.labels is not None or self.top_pairs):
+            self._warn_once("labels= and top_pairs= say nothing in this run: with FSDP a unit spans all ranks.")
         elif self.reuse_backward:
             refused = reason_not_to_ride(pl_module, self.loss_fn)
             self._rider = Rider(self._memory, int(self.unit_size), self.parameters, refused)
@@ -352,6 +372,8 @@ class GradientConfusionCallback(Callback):
     def _measure(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step, device = _step(trainer), pl_module.device
         self._pending = True  # until there is a measurement
+        if self._sharded:
+            sharded.rest(pl_module)
         given: list[bool] = []
         loss = step_loss(trainer, pl_module, self.loss_fn, batch_idx, given)
         loader = self.source if isinstance(self.source, DataLoader) else trainer.train_dataloader
@@ -370,14 +392,10 @@ class GradientConfusionCallback(Callback):
             if prepared is None or n < 0:  # the module skips this batch
                 return
             units, classes = prepared[0][-n:], prepared[1][-n:]
-            if enough := n >= (self._n or (1 if world_size() > 1 else 2)):
+            if enough := n >= (self._n or (1 if world_size() > 1 and not self._sharded else 2)):
                 unit_size = sampling.size_of(units[0].batch)
                 target = objective(pl_module, loss, self.parameters)
-                how = (target, [unit.batch for unit in units], unit_size, self._engine, self.chunk_size, self.dropout)
-                if world_size() > 1:
-                    grams, used = distributed.gram_of_units(*how)
-                else:
-                    grams, used = gram_of_units(*how, self._memory)
+                grams, used = self._grams(trainer, target, [unit.batch for unit in units], unit_size)
                 if self._rider is not None and any(given):
                     self._rider.try_out(target, batch, n if used == "ghost" else 0)
         if before and not self._verified(before, digests(trainer, pl_module), device):
@@ -392,8 +410,25 @@ class GradientConfusionCallback(Callback):
         self._pending = False
         self._measured_at = step
         self._failures = 0
+        if self._sharded:  # a unit has such a part on each rank
+            unit_size = None if unit_size is None else unit_size * world_size()
         measured = self._described(trainer, Measurement(grams, unit_size, step), units, classes)
         self._guarded(lambda: self._log(trainer, pl_module, measured), logging=True)
+
+    def _grams(
+        self, trainer: Trainer, target: Objective, batches: list[Any], unit_size: int | None
+    ) -> tuple[dict[str, Tensor], str]:
+        """The Gram of each parameter, and the engine that made them."""
+        with shown(trainer) as progress:
+            options: dict[str, Any] = {
+                "dropout": self.dropout, "memory_budget": self.memory_budget, "progress": progress,
+            }  # fmt: skip
+            if self._sharded:
+                return sharded.gram_of_units(target, batches, unit_size, **options), "loop"
+            how = (target, batches, unit_size, self._engine, self.chunk_size)
+            if world_size() > 1:
+                return distributed.gram_of_units(*how, **options)
+            return gram_of_units(*how, memory=self._memory, **options)
 
     def _board(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
         """Keep what is to be told of the units that a ride measures, before training_step may write to them."""
@@ -444,6 +479,8 @@ class GradientConfusionCallback(Callback):
 
     def _described(self, trainer: Trainer, measured: Measurement, units: list[Unit], classes: list[int]) -> Measurement:
         """The measurement with what is to be told of its units, of all ranks."""
+        if self._sharded:
+            return measured
         if self.labels is not None:
             measured = replace(measured, labels=torch.tensor(gather(classes)))
         if self.top_pairs > 0:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from lightning_gradconf import sharded
 from lightning_gradconf._lightning import lightning_modules, namespace
 from lightning_gradconf.distributed import world_size
 from lightning_gradconf.isolation import random_states, restore_mapping, untouched, without_warnings
@@ -117,6 +118,7 @@ def _digest(value: Any) -> bytes:
     digest = sha256()
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
+            leaf = leaf.to_local() if hasattr(leaf, "to_local") else leaf  # the shard of this rank
             dense = leaf.detach().to_dense() if leaf.is_sparse else leaf.detach()
             bits = dense.cpu().contiguous().view(-1).view(torch.uint8) if dense.numel() else torch.empty(0)
             digest.update(bits.numpy().tobytes())
@@ -130,7 +132,10 @@ def reason_not_to_measure(trainer: Trainer, module: LightningModule, loss_fn: St
     if trainer.barebones:
         return "Trainer(barebones=True) switches logging off; measure in a run without it"
     strategies = {base.__name__ for base in type(trainer.strategy).__mro__}
-    if not strategies & {"SingleDeviceStrategy", "DDPStrategy"} or "SingleDeviceXLAStrategy" in strategies:
+    if "ModelParallelStrategy" in strategies:
+        if (reason := sharded.reason_not_to_measure(module)) is not None:
+            return f"{reason}; measure in a run with strategy='ddp', or shard all of the module with fully_shard"
+    elif not strategies & {"SingleDeviceStrategy", "DDPStrategy"} or "SingleDeviceXLAStrategy" in strategies:
         return (
             f"{type(trainer.strategy).__name__} is not supported yet; measure in a run with strategy='ddp' or on one "
             "device (devices=1)"

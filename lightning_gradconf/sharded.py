@@ -10,12 +10,14 @@ upon between passes is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from lightning_gradconf.distributed import add_up, agreed_budget, on_all_ranks, world_size
 from lightning_gradconf.engines.blocks import Progress, Rows, blockwise, least, plan, repeatable
@@ -24,22 +26,31 @@ from lightning_gradconf.engines.objective import Objective, as_rows, checked, em
 from lightning_gradconf.units import copy_of
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether ``fully_shard`` was applied to a part of the module."""
+    return bool(_sharded_parts(module))
+
+
 def reason_not_to_measure(module: nn.Module) -> str | None:
-    """Return why the parameters' shards cannot be read, None if they can."""
-    from torch.distributed.fsdp import FSDPModule
+    """Return why the parameters' shards cannot be read and what to do about it, None if they can."""
     from torch.distributed.tensor import DTensor, Shard
 
-    managed = {id(p) for part in module.modules() if isinstance(part, FSDPModule) for p in part.parameters()}
+    rest(module)
+    managed = {id(p) for part in _sharded_parts(module) for p in part.parameters()}
     for name, p in module.named_parameters():
         if not p.requires_grad:
             continue
         if id(p) not in managed or not isinstance(p, DTensor):
-            return f"parameter {name!r} is not sharded by fully_shard, so its gradients differ between ranks"
+            return f"parameter {name!r} is not sharded by fully_shard, so no gradient is that of all ranks' samples"
         if p.device_mesh.ndim != 1 or p.device_mesh.size() != world_size() or not isinstance(p.placements[0], Shard):
-            return (
-                f"parameter {name!r} is not sharded over all ranks alone; hybrid and tensor parallel are not supported"
-            )
+            return f"parameter {name!r} is not sharded over all ranks; hybrid and tensor parallel are not supported yet"
     return None
+
+
+def rest(module: nn.Module) -> None:
+    """Release what is gathered, so that the module's parameters are the shards: after a forward pass some are not."""
+    for part in _sharded_parts(module):
+        part.reshard()
 
 
 def gram_of_units(
@@ -72,18 +83,22 @@ def gram_of_units(
 def _gradients(target: Objective, units: Sequence[Any]) -> Rows:
     """This rank's shards of the gradients of some units, ``(units, numel)``."""
     rows: Rows = {}
+
+    def loss_of(unit: Any) -> Tensor:
+        return checked(target.loss_fn(target.module, copy_of(unit)))
+
     for i, unit in enumerate(units):
-        loss = on_all_ranks(lambda unit=unit: checked(target.loss_fn(target.module, copy_of(unit))), target.device)
+        # That all ranks have a loss is agreed upon before any of them waits for the others in the backward pass.
+        loss = on_all_ranks(partial(loss_of, unit), target.device)
         run_backward(loss, (), keep_graph=False)
         for name, p in target.parameters.items():
-            shard = _local(p) if p.grad is None else as_rows(_local(p.grad), 1)
             if len(units) == 1 and p.grad is not None:
-                rows[name] = shard
+                rows[name] = as_rows(_local(p.grad), 1)
                 continue
             if i == 0:
                 rows[name] = empty_rows(_local(p), len(units))
             if p.grad is not None:
-                rows[name][i] = shard[0]
+                rows[name][i] = as_rows(_local(p.grad), 1)[0]
         for p in target.module.parameters():
             p.grad = None
     return rows
@@ -99,7 +114,7 @@ def _apart(module: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        _rest(module)
+        _forget_pass(module)
         raise
     finally:
         for p, gradient in held:
@@ -108,24 +123,30 @@ def _apart(module: nn.Module) -> Iterator[None]:
             buffer.data.copy_(saved)
 
 
-def _rest(module: nn.Module) -> None:
-    """Bring a sharded module that stopped in the middle of a pass to where a pass starts."""
+def _forget_pass(module: nn.Module) -> None:
+    """Bring a module that stopped in the middle of a pass to where one starts; the public names have no way to."""
+    rest(module)
+    for part in _sharded_parts(module):
+        state = part._get_fsdp_state()
+        state._state_ctx.iter_forward_root = None
+        vars(state._comm_ctx).get("post_forward_order", []).clear()
+
+
+def _sharded_parts(module: nn.Module) -> list[Any]:
+    if not dist.is_available():
+        return []
     from torch.distributed.fsdp import FSDPModule
 
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
-            state = part._get_fsdp_state()
-            state._state_ctx.iter_forward_root = None
-            state._comm_ctx.post_forward_order.clear()
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
-def _largest_shard(p: Tensor) -> Tensor:
+def _largest_shard(p: Any) -> Tensor:
     """A tensor without memory, of the size that the first rank's shard has."""
     along = p.placements[0].dim
     rows = -(-p.shape[along] // world_size())
     return torch.empty(rows, p.numel() // max(1, p.shape[along]), dtype=p.dtype, device="meta")
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local()
+def _local(tensor: Any) -> Tensor:
+    local: Tensor = tensor.to_local()
+    return local

@@ -19,7 +19,7 @@ from runs import CLASSES, FEATURES, QUIET, Data, Module, Rows, frozen
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from lightning_gradconf import GradientConfusionCallback, callback, report, sampling
+from lightning_gradconf import GradientConfusionCallback, callback, distributed, report, sampling
 
 
 class Net(Module):
@@ -40,17 +40,23 @@ class AllUsed(Net):
 
 
 class Sharded(pl.LightningModule):
+    """A small transformer over the features in pairs, with layers of its own and of the root to gather."""
+
     def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2, batch_first=True)
+        parts = [nn.Unflatten(1, (3, 2)), nn.Linear(2, 8), layer, nn.Flatten(), nn.BatchNorm1d(24)]
+        self.net = nn.Sequential(*parts, nn.Linear(24, CLASSES))
 
     def configure_model(self):
         from torch.distributed.fsdp import fully_shard
 
-        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+        mesh = self.device_mesh["data_parallel"]
+        fully_shard(self.net[2], mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
 
     training_step = Module.training_step
-    loss = Module.loss
+    loss = measured_loss = Module.loss
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
@@ -61,15 +67,26 @@ class Break(pl.Callback):
 
     def __init__(self, stage):
         self.stage = stage
+        self.calls = 0
 
     def setup(self, trainer, module, stage):
+        whole_loss = type(module).measured_loss
+
         def broken(*args, **kwargs):
+            self.calls += 1
+            if self.stage == "block" and self.calls % 6:  # the last of 4 gradients and 2 of them again
+                return whole_loss(*args)
+            if self.stage == "sharded forward":  # with nothing left to gather
+                whole_loss(*args)
             raise RuntimeError("broken on rank 1")
 
         owner, name = {
             "sampling": (sampling, "units_of"),
             "preparation": (callback, "prepare_step"),
+            "plan": (distributed, "bytes_for_gradients"),
             "forward": (type(module), "measured_loss"),
+            "block": (type(module), "measured_loss"),
+            "sharded forward": (type(module), "measured_loss"),
             "statistics": (report, "gradient_statistics"),
         }[self.stage]
         if trainer.global_rank == 1:
@@ -122,7 +139,7 @@ def train(out, strategy="ddp", options=None, devices=2, accumulate=1, samples=24
     warnings.showwarning = lambda message, *_, **__: warned.append(str(message))
     callbacks = [Leave(out, warned)]
     if confusion is not None:
-        loss_fn = (lambda module, batch: module.measured_loss(batch)) if fail == "forward" else None
+        loss_fn = None if fail is None else lambda module, batch: module.measured_loss(batch)
         callbacks.append(GradientConfusionCallback(loss_fn=loss_fn, **confusion))
     if fail is not None:
         callbacks.append(Break(fail))

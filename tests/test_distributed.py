@@ -1,4 +1,4 @@
-"""DDP: all pairs across ranks, the same decisions on all, and no trace; other strategies switch off."""
+"""DDP and FSDP2: all pairs across ranks, the same decisions on all, and no trace."""
 
 from __future__ import annotations
 
@@ -102,7 +102,9 @@ OPTIONS = {
     "static graph": {"static_graph": True},
     "buckets as gradients": {"gradient_as_bucket_view": True},
 }
-STAGES = ["sampling", "preparation", "forward", "statistics"]
+STAGES = ["sampling", "preparation", "plan", "forward", "block", "statistics"]
+# Room for 3 of the 4 gradients: two are held, and the other two computed again.
+BLOCKS = {"engine": "loop", "memory_budget": 1500}
 RUNS = {
     **{f"{name}, without": {"options": options} for name, options in OPTIONS.items()},
     **{
@@ -115,14 +117,15 @@ RUNS = {
     "three ranks": {
         "devices": 3, "samples": 22, "confusion": {"unit_size": 2, "every_n_epochs": 1, "num_units": 3},
     },
-    **{f"broken {stage}": {"confusion": EVERY | {"engine": "loop"}, "fail": stage} for stage in STAGES},
+    "in blocks": {"confusion": EVERY | BLOCKS},
+    **{f"broken {stage}": {"confusion": EVERY | BLOCKS, "fail": stage} for stage in STAGES},
 }  # fmt: skip
 # Lightning starts the ranks of FSDP by running the script again, so that there is one run in a script.
 FSDP = {
     f"fsdp, accumulate {accumulate}, {word}": {"strategy": "fsdp2", "accumulate": accumulate} | confusion
     for accumulate in (1, 2)
-    for word, confusion in {"without": {}, "with": {"confusion": EVERY}}.items()
-}
+    for word, confusion in {"without": {}, "with": {"confusion": EVERY | {"unit_size": accumulate}}}.items()
+} | {"fsdp, broken": {"strategy": "fsdp2", "confusion": EVERY, "fail": "sharded forward"}}
 
 
 @pytest.fixture(scope="module")
@@ -184,10 +187,26 @@ def test_one_rank_failing_leaves_all_training(stage, left):
         assert "gram" not in measured[0]
 
 
+def test_runs_in_blocks_are_the_runs_without(left):
+    measured = left("in blocks")
+    assert_no_trace(left("plain, without"), measured)
+    assert measured[0]["warnings"] == [] and len(measured[0]["gram"]) == 8
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_fsdp_is_switched_off_with_one_warning(accumulate, left):
+def test_fsdp_runs_are_bitwise_the_runs_without(accumulate, left):
     measured = left(f"fsdp, accumulate {accumulate}, with")
     assert_no_trace(left(f"fsdp, accumulate {accumulate}, without"), measured)
-    (message,) = measured[0]["warnings"]
-    assert "ModelParallelStrategy is not supported yet" in message
-    assert measured[0]["ours"] == [] and "gram" not in measured[0]
+    assert len(measured[0]["gram"]) == 4 // accumulate, "units of that many samples of each rank"
+    for rank in measured:
+        assert rank["warnings"] == []
+        assert rank["statistics"] == measured[0]["statistics"], "bitwise the same on all ranks"
+        assert [step for step, _ in rank["ours"]] == list(range(6 if accumulate == 1 else 4))
+
+
+def test_one_rank_failing_leaves_all_fsdp_training(left):
+    measured = left("fsdp, broken")
+    assert_no_trace(left("fsdp, accumulate 1, without"), measured)
+    assert any("broken on rank 1" in message for message in measured[1]["warnings"])
+    assert any("another rank could not measure" in message for message in measured[0]["warnings"])
+    assert "gram" not in measured[0]
