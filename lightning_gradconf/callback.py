@@ -395,7 +395,8 @@ class GradientConfusionCallback(Callback):
             if enough := n >= (self._n or (1 if world_size() > 1 and not self._sharded else 2)):
                 unit_size = sampling.size_of(units[0].batch)
                 target = objective(pl_module, loss, self.parameters)
-                grams, used = self._grams(trainer, target, [unit.batch for unit in units], unit_size)
+                how = (target, [unit.batch for unit in units], unit_size)
+                grams, used = self._grams(trainer, *how, sampling.size_of(batch))
                 if self._rider is not None and any(given):
                     self._rider.try_out(target, batch, n if used == "ghost" else 0)
         if before and not self._verified(before, digests(trainer, pl_module), device):
@@ -416,7 +417,7 @@ class GradientConfusionCallback(Callback):
         self._guarded(lambda: self._log(trainer, pl_module, measured), logging=True)
 
     def _grams(
-        self, trainer: Trainer, target: Objective, batches: list[Any], unit_size: int | None
+        self, trainer: Trainer, target: Objective, batches: list[Any], unit_size: int | None, usual: int | None
     ) -> tuple[dict[str, Tensor], str]:
         """The Gram of each parameter, and the engine that made them."""
         with shown(trainer) as progress:
@@ -427,8 +428,8 @@ class GradientConfusionCallback(Callback):
                 return sharded.gram_of_units(target, batches, unit_size, **options), "loop"
             how = (target, batches, unit_size, self._engine, self.chunk_size)
             if world_size() > 1:
-                return distributed.gram_of_units(*how, **options)
-            return gram_of_units(*how, memory=self._memory, **options)
+                return distributed.gram_of_units(*how, **options, usual=usual)
+            return gram_of_units(*how, **options, usual=usual, memory=self._memory)
 
     def _board(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
         """Keep what is to be told of the units that a ride measures, before training_step may write to them."""

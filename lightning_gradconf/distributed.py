@@ -19,7 +19,7 @@ from torch import distributed as dist
 
 from lightning_gradconf.engines import loop, vmap
 from lightning_gradconf.engines.blocks import Plan, Progress, Rows, blockwise, least, plan, repeatable
-from lightning_gradconf.engines.budget import bytes_for_gradients
+from lightning_gradconf.engines.budget import bytes_for_gradients, units_at_once
 from lightning_gradconf.engines.layers import MeasuredLayers
 from lightning_gradconf.engines.objective import Objective, sizes
 
@@ -77,6 +77,7 @@ def gram_of_units(
     dropout: bool,
     memory_budget: int | str | None = None,
     progress: Progress | None = None,
+    usual: int | None = None,
 ) -> tuple[dict[str, Tensor], str]:
     """Return the Gram ``(world_size * n, world_size * n)`` of each parameter in rank order, and the engine used.
 
@@ -87,18 +88,24 @@ def gram_of_units(
     n, bytes_of_each, device = len(units), sizes(target.parameters.values()), target.device
     budget = agreed_budget(memory_budget, least(bytes_of_each), device)
     engines = {"vmap": vmap.differentiator, "loop": loop.differentiator}
+    at_once = n
 
     def measured(name: str) -> dict[str, Tensor]:
-        made = plan(n, bytes_of_each, budget, chunk_size if name == "vmap" else None)
+        chunk = None if name == "loop" else chunk_size or (at_once if at_once < n else None)
+        made = plan(n, bytes_of_each, budget, chunk)
         compute = repeatable(on_all_ranks(lambda: engines[name](target), device), units, made)
         return contract(n, lambda i, j: on_all_ranks(lambda: compute(i, j), device), made, sum(bytes_of_each), progress)
 
     with MeasuredLayers(running_statistics=unit_size == 1, dropout=dropout):
-        if engine in ("auto", "ghost"):
+        if engine == "loop":
+            return measured("loop"), "loop"
+        fitting = on_all_ranks(lambda: units_at_once(target, units, unit_size, usual, budget), device)
+        at_once = minimum(fitting, device)
+        if engine in ("auto", "ghost") and at_once >= min(n, 2):
             with suppress(Exception):  # whatever it was, it comes up again in the loop if it is the user's
                 return measured("vmap"), "vmap"
-            engine = "loop"
-        return measured(engine), engine
+        name = "vmap" if engine == "vmap" else "loop"
+        return measured(name), name
 
 
 def agreed_budget(memory_budget: int | str | None, smallest: int, device: torch.device) -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -73,7 +72,7 @@ def gram_of_units(
     """
     n, device = len(units), target.device
     shards = sizes(_largest_shard(p) for p in target.parameters.values())
-    made = plan(n, shards, agreed_budget(memory_budget, least(shards), device))
+    made = plan(n, shards, agreed_budget(memory_budget, least(shards), device), chunk_size=1)
     compute = repeatable(lambda some: _gradients(target, some), units, made)
     with MeasuredLayers(running_statistics=unit_size == 1, dropout=dropout), _apart(target.module):
         grams = blockwise(n, lambda i, j: on_all_ranks(lambda: compute(i, j), device), made, progress=progress)
@@ -81,26 +80,17 @@ def gram_of_units(
 
 
 def _gradients(target: Objective, units: Sequence[Any]) -> Rows:
-    """This rank's shards of the gradients of some units, ``(units, numel)``."""
-    rows: Rows = {}
-
-    def loss_of(unit: Any) -> Tensor:
-        return checked(target.loss_fn(target.module, copy_of(unit)))
-
-    for i, unit in enumerate(units):
-        # That all ranks have a loss is agreed upon before any of them waits for the others in the backward pass.
-        loss = on_all_ranks(partial(loss_of, unit), target.device)
-        run_backward(loss, (), keep_graph=False)
-        for name, p in target.parameters.items():
-            if len(units) == 1 and p.grad is not None:
-                rows[name] = as_rows(_local(p.grad), 1)
-                continue
-            if i == 0:
-                rows[name] = empty_rows(_local(p), len(units))
-            if p.grad is not None:
-                rows[name][i] = as_rows(_local(p.grad), 1)[0]
-        for p in target.module.parameters():
-            p.grad = None
+    """This rank's shards of the gradient of one unit, ``(1, numel)``."""
+    (unit,) = units
+    # That all ranks have a loss is agreed upon before any of them waits for the others in the backward pass.
+    loss = on_all_ranks(lambda: checked(target.loss_fn(target.module, copy_of(unit))), target.device)
+    run_backward(loss, (), keep_graph=False)
+    rows = {
+        name: empty_rows(_local(p), 1) if p.grad is None else as_rows(_local(p.grad), 1)
+        for name, p in target.parameters.items()
+    }
+    for p in target.module.parameters():
+        p.grad = None
     return rows
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_gradconf.engines import ghost, loop, vmap
 from lightning_gradconf.engines.blocks import Progress, Rows, blockwise, least, plan, repeatable
-from lightning_gradconf.engines.budget import bytes_for_gradients
+from lightning_gradconf.engines.budget import bytes_for_gradients, units_at_once
 from lightning_gradconf.engines.layers import MeasuredLayers
 from lightning_gradconf.engines.objective import LossFn, Objective, objective, sizes
 from lightning_gradconf.isolation import untouched
@@ -108,13 +108,15 @@ def gram_of_units(
     memory: ghost.Memory | None = None,
     memory_budget: int | str | None = None,
     progress: Progress | None = None,
+    usual: int | None = None,
 ) -> tuple[dict[str, Tensor], str]:
     """Return the Gram of each parameter, and the name of the engine that made them.
 
     ``unit_size`` is the samples in each unit, None if they cannot be told. With ``engine="auto"``, what cannot be
     measured in one pass goes through torch.func, and what torch.func cannot transform through the loop; the reason is
     logged once. Give the same ``memory`` to all measurements of a run. ``progress`` is called while gradients are
-    computed one after the other, with their number so far and in all.
+    computed one after the other, with their number so far and in all. ``usual`` is the samples in an ordinary pass, if
+    all units together may be too many for one; None if they are not.
     """
     n, bytes_of_each = len(units), sizes(target.parameters.values())
     budget = bytes_for_gradients(memory_budget, least(bytes_of_each), target.device)
@@ -125,16 +127,20 @@ def gram_of_units(
 
     engines: dict[str, Callable[[], dict[str, Tensor]]] = {
         "ghost": lambda: ghost.unit_grams(target, units, unit_size, memory),
-        "vmap": lambda: by(vmap.differentiator(target), chunk_size),
-        "loop": lambda: by(loop.differentiator(target)),
+        "vmap": lambda: by(vmap.differentiator(target), chunk_size or (at_once if at_once < n else None)),
+        "loop": lambda: by(loop.differentiator(target), 1),
     }
     if engine != "auto" and engine not in engines:
         raise ValueError(f"engine={engine!r} is not one of 'auto', {', '.join(map(repr, engines))}")
     reasons = []
     with MeasuredLayers(running_statistics=unit_size == 1, dropout=dropout):
+        at_once = n if engine == "loop" else units_at_once(target, units, unit_size, usual, budget)
         for name in engines if engine == "auto" else [engine]:
-            if name == "ghost" and engine == "auto" and (len(units) < 2 or dropout):
+            if name == "ghost" and engine == "auto" and (n < 2 or dropout):
                 continue  # a mask for all units is not the mask of each
+            if engine == "auto" and at_once < {"ghost": n, "vmap": min(n, 2), "loop": 1}[name]:
+                reasons.append(f"{name}: a pass of several units does not fit the memory budget")
+                continue
             try:
                 # A pass that fails halfway may leave half a state to the next one; one that has worked may be trusted.
                 tentative = engine == "auto" and name != "loop" and not (memory and name == memory.engine)

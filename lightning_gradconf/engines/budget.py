@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from lightning_gradconf.engines.objective import Objective
+from lightning_gradconf.isolation import untouched
+from lightning_gradconf.units import copy_of
 
 _SIZES = {"": 1, "b": 1}
 _SIZES |= {f"{prefix}b": 1000**i for i, prefix in enumerate("kmgt", 1)}
 _SIZES |= {f"{prefix}ib": 1024**i for i, prefix in enumerate("kmgt", 1)}
 # Of the free memory, since what a pass needs beside the gradients is not known beforehand.
 _SHARE = 0.5
+# What is kept for a backward pass may take this part of a budget; torch.func keeps about twice as much.
+_PART_OF_PASSES = 1 / 4
 # Files under /sys/fs/cgroup with the limit of a container and with what it uses, of the two versions of control groups.
 _CONTAINER = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 
@@ -63,6 +72,37 @@ def bytes_for_gradients(
     # In coarse steps, so that measurements of one run have one plan.
     step = 1 << max(0, share.bit_length() - 2)
     return max(smallest, share // step * step)
+
+
+def units_at_once(
+    target: Objective, units: Sequence[Any], unit_size: int | None, usual: int | None, budget: int | None
+) -> int:
+    """Return how many units may go through one forward and backward pass.
+
+    All, if they are no more samples than an ordinary pass has, ``usual``. If they are more, those whose activations
+    take a small part of the budget; a forward pass of one unit tells their size.
+    """
+    n = len(units)
+    if budget is None or unit_size is None or usual is None or n * unit_size <= usual:
+        return n
+    return min(n, max(1, usual // unit_size, int(_PART_OF_PASSES * budget) // max(1, _kept(target, units[0]))))
+
+
+def _kept(target: Objective, unit: Any) -> int:
+    """The bytes that a forward pass of the unit keeps for its backward pass, without parameters and buffers."""
+    state = {name: p.detach().clone().requires_grad_() for name, p in target.parameters.items()}
+    state |= {name: t.detach().clone() for name, t in target.constants.items()}
+    own = {tensor.data_ptr() for tensor in state.values()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in own:
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with untouched(target.module), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        target.at(state, copy_of(unit), lambda loss: None)
+    return sum(kept.values())
 
 
 def _free_of_machine() -> int | None:

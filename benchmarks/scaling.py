@@ -1,0 +1,269 @@
+"""How time and memory grow with units, parameters, samples a unit, the memory budget and ranks: numbers and a figure.
+
+    python benchmarks/scaling.py [--out docs/images/scaling.png]     about 10 minutes on two cores
+    python benchmarks/scaling.py --protocol                          the paper's protocol on a WRN-16-2
+
+Every point is measured in a process of its own, on one thread: the median time of a few calls after a first one, and
+the highest resident memory during a call above that before. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from memory import status
+from torch import distributed as dist
+from torch import multiprocessing, nn
+
+from lightning_gradconf import gradient_gram
+from lightning_gradconf.distributed import gram_of_units
+from lightning_gradconf.engines.blocks import plan
+from lightning_gradconf.engines.objective import objective, sizes
+from lightning_gradconf.units import split
+
+ENGINES = ("ghost", "vmap", "loop")
+REPEATS = 3
+# Memory goes back to the system as soon as it is freed.
+ENV = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+POINTS = {
+    "units": [{"n": n} for n in (4, 8, 16, 32, 64, 128)],
+    "parameters": [{"width": width} for width in (128, 256, 512, 1024)],
+    "samples a unit": [{"k": k} for k in (1, 4, 16, 64)],
+}
+BUDGETS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
+
+
+def model_of(width: int) -> nn.Sequential:
+    """An MLP of five layers; 1.1 million parameters at a width of 512."""
+    torch.manual_seed(0)
+    inner = [layer for _ in range(4) for layer in (nn.Linear(width, width), nn.ReLU())]
+    return nn.Sequential(nn.Linear(64, width), nn.ReLU(), *inner, nn.Linear(width, 10))
+
+
+def loss_of(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def measured(action) -> tuple[float, float]:
+    """Seconds, and megabytes above what was there before, after a first call."""
+    action()
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - start)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    action()
+    return statistics.median(seconds), (status("VmHWM") - before) / 1024
+
+
+def point(engine: str, n: int = 32, k: int = 1, width: int = 512, share: float | None = None) -> dict[str, float]:
+    """One engine on n units of k samples; ``share`` is the budget as a part of what all gradients take."""
+    model = model_of(width)
+    p = sum(parameter.numel() for parameter in model.parameters())
+    batch = torch.randn(n * k, 64), torch.arange(n * k) % 10
+
+    def ordinary() -> None:
+        loss_of(model, batch).backward()
+        model.zero_grad()
+
+    budget = None if share is None else int(share * n * p * 4)
+    passes = n if budget is None else plan(n, sizes(model.parameters()), budget).passes
+
+    def engines() -> None:
+        gradient_gram(model, loss_of, batch, engine=engine, unit_size=k, memory_budget=budget)
+
+    seconds, megabytes = measured(ordinary if engine == "ordinary" else engines)
+    return {"seconds": seconds, "megabytes": megabytes, "parameters": p, "passes": passes}
+
+
+def on_rank(rank: int, ranks: int, folder: str, n: int, share: float | None) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=300))
+    model = model_of(512)
+    p = sum(parameter.numel() for parameter in model.parameters())
+    generator = torch.Generator().manual_seed(rank)
+    units = split((torch.randn(n, 64, generator=generator), torch.arange(n) % 10), 1)
+    target = objective(model, loss_of)
+    budget = None if share is None else int(share * n * p * 4)
+    sent = []
+    exchange = dist.all_to_all_single
+
+    def counted(output: torch.Tensor, mine: torch.Tensor) -> None:
+        sent.append(mine.nbytes * (ranks - 1) // ranks)  # a rank keeps its own part
+        exchange(output, mine)
+
+    dist.all_to_all_single = counted
+    seconds, megabytes = measured(lambda: gram_of_units(target, units, 1, "loop", None, False, budget))
+    passes = n if budget is None else plan(n, sizes(model.parameters()), budget).passes
+    result = {"seconds": seconds, "megabytes": megabytes, "sent": sum(sent) / (REPEATS + 2) / 1e6, "parameters": p}
+    Path(folder, f"{rank}.json").write_text(json.dumps(result | {"passes": passes}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def over_ranks(ranks: int, n: int, share: float | None) -> list[dict[str, float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(on_rank, args=(ranks, folder, n, share), nprocs=ranks)
+        return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+
+
+def protocol() -> None:
+    """Two measurements of the paper's protocol, at the start and after an epoch, within a budget of 1 GB."""
+    import pytorch_lightning as pl
+    from torch.utils.data import DataLoader, TensorDataset
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from examples.paper.models import build
+    from lightning_gradconf import GradientConfusionCallback
+
+    class Classifier(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = build("wrn-16-2", (3, 32, 32), 10)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    class Watch(GradientConfusionCallback):
+        def _measure(self, *args) -> None:
+            gc.collect()
+            before = status("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")
+            start = time.perf_counter()
+            super()._measure(*args)
+            seconds = time.perf_counter() - start
+            print(
+                f"measured in {seconds:.1f} s, {(status('VmHWM') - before) / 1024:.0f} MB above what was there before"
+            )
+
+    pl.seed_everything(0, verbose=False)
+    torch.set_num_threads(1)
+    samples = 100 * 128
+    data = TensorDataset(torch.randn(samples, 3, 32, 32), torch.randint(10, (samples,)))
+    confusion = Watch(every_n_epochs=1, source="fresh", num_units=100, unit_size=128, memory_budget="1GB")
+    trainer = pl.Trainer(
+        max_epochs=1, limit_train_batches=4, callbacks=[confusion], logger=False, enable_checkpointing=False,
+        enable_model_summary=False, accelerator="cpu",
+    )  # fmt: skip
+    module = Classifier()
+    batch = [part[:128] for part in data.tensors]
+    seconds, megabytes = measured(lambda: module.training_step(batch, 0).backward())
+    module.zero_grad()
+    print(f"an ordinary pass of 128 samples: {seconds:.2f} s, {megabytes:.0f} MB")
+    trainer.fit(module, DataLoader(data, batch_size=128, shuffle=True))
+    print(confusion.last_statistics, tuple(confusion.last_gram.shape))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("scaling.png"))
+    parser.add_argument("--protocol", action="store_true")
+    parser.add_argument("--point", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if options.protocol:
+        protocol()
+    elif options.point:
+        print(json.dumps(point(**json.loads(options.point))))
+    else:
+        everything(options.out)
+
+
+def fresh(**arguments: object) -> dict[str, float]:
+    """`point` in a process of its own."""
+    command = [sys.executable, __file__, "--point", json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENV, check=True)
+    return json.loads(done.stdout)
+
+
+def row(*cells: object) -> None:
+    print(
+        "| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |", flush=True
+    )
+
+
+def everything(out: Path) -> None:
+    os.environ |= ENV  # for the processes of ranks
+    found: dict[str, list[tuple[float, dict[str, dict[str, float]]]]] = {}
+    for name, points in POINTS.items():
+        row(name, *(f"{engine}, {what}" for engine in ("ordinary", *ENGINES) for what in ("s", "MB")))
+        found[name] = []
+        for options in points:
+            results = {engine: fresh(engine=engine, **options) for engine in ("ordinary", *ENGINES)}
+            x = results["loop"]["parameters"] if "width" in options else next(iter(options.values()))
+            row(x, *(result[what] for result in results.values() for what in ("seconds", "megabytes")))
+            found[name].append((x, results))
+    row("budget", "gradients computed", *(f"{engine}, {what}" for engine in ENGINES[1:] for what in ("s", "MB")))
+    budgets = []
+    for share in (None, *BUDGETS):
+        results = {engine: fresh(engine=engine, share=share) for engine in ENGINES[1:]}
+        passes = results["loop"]["passes"]
+        row(share or "all", passes, *(result[what] for result in results.values() for what in ("seconds", "megabytes")))
+        budgets.append((passes / 32, results))
+    row("ranks", "units a rank", "budget", "s", "MB a rank", "MB sent a rank", "gradients computed a rank")
+    for ranks, n, share in ((1, 32, None), (2, 16, None), (2, 32, None), (2, 16, 1 / 2), (2, 16, 1 / 4)):
+        results = over_ranks(ranks, n, share)
+        most = {key: max(result[key] for result in results) for key in results[0]}
+        row(ranks, n, share or "all", most["seconds"], most["megabytes"], most["sent"], int(most["passes"]))
+    plot(found, budgets, out)
+
+
+def plot(found: dict, budgets: list, out: Path) -> None:
+    from matplotlib.figure import Figure
+
+    colors = dict(zip(("ordinary", *ENGINES), ("0.5", "tab:green", "tab:orange", "tab:blue"), strict=True))
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    axes = figure.subplots(2, 4)
+    labels = {"units": "units n", "parameters": "parameters P", "samples a unit": "samples a unit"}
+    for column, (name, points) in enumerate(found.items()):
+        for line, (what, unit) in enumerate({"seconds": "s", "megabytes": "MB"}.items()):
+            axis = axes[line, column]
+            for engine, color in colors.items():
+                values = [results[engine][what] for _, results in points]
+                label = "ordinary pass" if engine == "ordinary" else engine
+                axis.loglog([x for x, _ in points], values, "o-", color=color, label=label, markersize=3)
+            axis.set_xlabel(labels[name])
+            axis.set_ylabel(f"{'time' if what == 'seconds' else 'peak memory'}, {unit}")
+    for line, (what, unit) in enumerate({"seconds": "s", "megabytes": "MB"}.items()):
+        axis = axes[line, 3]
+        for engine in ENGINES[1:]:
+            values = [results[engine][what] for _, results in budgets]
+            axis.plot([passes for passes, _ in budgets], values, "o-", color=colors[engine], markersize=3)
+        axis.set_xlabel("gradients computed / n")
+        axis.set_ylabel(f"{'time' if what == 'seconds' else 'peak memory'}, {unit}")
+        axis.set_ylim(bottom=0)
+    axes[0, 0].legend(frameon=False)
+    for axis, title in zip(axes[0], ("more units", "more parameters", "larger units", "less memory"), strict=True):
+        axis.set_title(title)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=130)
+    print(out)
+
+
+if __name__ == "__main__":
+    main()
