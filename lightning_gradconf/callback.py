@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -35,6 +34,7 @@ from lightning_gradconf.progress import shown
 from lightning_gradconf.report import Measurement, Pair, Report
 from lightning_gradconf.riding import Rider
 from lightning_gradconf.sampling import Unit
+from lightning_gradconf.source import Source
 from lightning_gradconf.statistics import statistic_names
 from lightning_gradconf.units import copy_of
 
@@ -237,10 +237,9 @@ class GradientConfusionCallback(Callback):
         self._pending = True
         self._n: int | None = None
         self._engine: str = self.engine
-        self._recent: deque[Unit] = deque()
-        self._recent_size: int | None = None
-        self._unsplit: Exception | None = None
-        self._fixed: list[Unit] | None = None
+        self._source = Source(
+            self.source, self.unit_size, self.num_units, self.seed, over_batches=self.every_n_epochs is not None
+        )
         self._measured_at: int | None = None
         self._memory: Memory | None = None
         self._sharded = False
@@ -285,9 +284,8 @@ class GradientConfusionCallback(Callback):
         if self._rider is not None and self._rider.expect(batch, self._n if due else None):
             self._guarded(lambda: self._board(trainer, batch, batch_idx))
             return
-        if self.source == "current" and (due or self._rolling):
-            self._collect(trainer, batch, batch_idx)
-        if due and self._full(pl_module):
+        self._source.see(trainer, batch, batch_idx, due)
+        if due and (self._n is not None or minimum(self._source.ready(), pl_module.device)):
             self._guarded(lambda: self._measure(trainer, pl_module, batch, batch_idx))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -321,13 +319,13 @@ class GradientConfusionCallback(Callback):
         """Say so if nothing was ever measured, and release the batches kept."""
         if self._enabled and self._n is None and not self._warned:
             self._warn_once(
-                f"no measurement took place: {len(self._recent)} units of unit_size={self.unit_size!r} were seen, "
+                f"no measurement took place: {self._source.seen} units of unit_size={self.unit_size!r} were seen, "
                 "too few. Lower num_units or unit_size, or train longer."
             )
         if self._enabled and trainer.global_rank == 0:
             self._guarded(lambda: self._conclude(trainer), logging=True)
-        self._recent.clear()
-        self._fixed = self._memory = self._rider = None
+        self._source.forget()
+        self._memory = self._rider = None
 
     def _every(self, trainer: Trainer) -> int:
         logged = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
@@ -339,36 +337,6 @@ class GradientConfusionCallback(Callback):
 
     # ---- what -------------------------------------------------------------------------------------------------------
 
-    @property
-    def _rolling(self) -> bool:
-        """Whether units are gathered over several batches."""
-        return self.unit_size == "batch" or self.every_n_epochs is not None
-
-    def _collect(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
-        """Keep copies of the units in a batch: training_step may write to the originals."""
-        try:
-            found = sampling.units_of(batch, batch_idx, self.unit_size, None if self._rolling else self.num_units)
-        except Exception as error:  # of this rank alone, to be raised where all ranks hear of it
-            self._unsplit = error
-            return
-        if self.unit_size == "batch":
-            size = sampling.size_of(batch)
-            self._recent_size = self._recent_size or size
-            found = found if size == self._recent_size else []  # a short last batch is no unit like the others
-        if not self._rolling:
-            self._recent.clear()
-        elif self._n is None and found:
-            per_epoch = len(found) * trainer.num_training_batches
-            self._recent = deque(self._recent, maxlen=int(min(self.num_units, per_epoch)))
-        self._recent.extend(found)
-
-    def _full(self, pl_module: LightningModule) -> bool:
-        """Whether as many units were gathered as there can be, which decides how many all measurements have."""
-        if self.source != "current" or not self._rolling or self._n is not None:
-            return True
-        ready = self._unsplit is not None or len(self._recent) == self._recent.maxlen
-        return bool(minimum(ready, pl_module.device))
-
     def _measure(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step, device = _step(trainer), pl_module.device
         self._pending = True  # until there is a measurement
@@ -376,17 +344,15 @@ class GradientConfusionCallback(Callback):
             sharded.rest(pl_module)
         given: list[bool] = []
         loss = step_loss(trainer, pl_module, self.loss_fn, batch_idx, given)
-        loader = self.source if isinstance(self.source, DataLoader) else trainer.train_dataloader
-        drawn_from = [] if self.source == "current" else sampling.state_of(loader)
         before = digests(trainer, pl_module) if self.verify and self._n is None else {}
 
         def prepare() -> tuple[list[Unit], list[int]] | None:
             if not prepare_step(pl_module, copy_of(batch), batch_idx):
                 return None
-            found = self._units(trainer, pl_module, step)
+            found = self._source.units(trainer, pl_module, self._n or self.num_units, step)
             return found, self._classes(found)
 
-        with no_trace(trainer, pl_module, *drawn_from):
+        with no_trace(trainer, pl_module, *self._source.drawn_from(trainer)):
             prepared = on_all_ranks(prepare, device)
             n = minimum(-1 if prepared is None else len(prepared[0]), device)
             if prepared is None or n < 0:  # the module skips this batch
@@ -457,22 +423,6 @@ class GradientConfusionCallback(Callback):
             classes = self._classes(units)
         measured = self._described(trainer, Measurement(grams, int(self.unit_size), step), units, classes)
         self._guarded(lambda: self._log(trainer, pl_module, measured), logging=True)
-
-    def _units(self, trainer: Trainer, pl_module: LightningModule, step: int) -> list[Unit]:
-        """The units of this rank that there are to measure, as many as this run compares at most."""
-        wanted, rank = self._n or self.num_units, trainer.global_rank
-        if self._unsplit is not None:
-            error, self._unsplit = self._unsplit, None
-            raise error
-        if self.source == "current":
-            return list(self._recent)[-wanted:]
-        if isinstance(self.source, DataLoader):
-            return sampling.read(trainer, pl_module, self.source, wanted, self.unit_size, (self.seed, step, rank))
-        if self.source == "fresh":
-            return sampling.draw(trainer, pl_module, wanted, self.unit_size, (self.seed, step, rank))
-        if self._fixed is None:
-            self._fixed = sampling.draw(trainer, pl_module, wanted, self.unit_size, (self.seed, rank))
-        return self._fixed
 
     def _classes(self, units: list[Unit]) -> list[int]:
         """The class of each unit, none without ``labels``."""

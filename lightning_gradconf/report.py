@@ -82,8 +82,10 @@ class Report:
 
     def values(self, measured: Measurement) -> dict[str, float]:
         """Return the statistics of a measurement by their names."""
-        size = measured.unit_size
-        values = gradient_statistics(measured.gram, self.statistics, labels=measured.labels, unit_size=size or 1)
+        size, names = measured.unit_size, self.statistics
+        if measured.labels is None:  # units that span ranks have none
+            names = [name for name in names if not name.endswith("class_cosine")]
+        values = gradient_statistics(measured.gram, names, labels=measured.labels, unit_size=size or 1)
         if size is None and "noise_scale" in values:  # in samples, which cannot be counted here
             values["noise_scale"] = torch.tensor(math.nan)
         return {name: float(value) for name, value in values.items()}
@@ -102,7 +104,7 @@ class Report:
 
     def pairs(self, measured: Measurement) -> list[Pair]:
         """Return the pairs of units with the lowest cosines, the lowest first."""
-        if not self.top_pairs:
+        if not measured.origins:
             return []
         cosines = cosine_matrix(measured.gram)
         rows, columns = torch.triu_indices(len(cosines), len(cosines), offset=1)
