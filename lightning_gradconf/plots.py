@@ -186,10 +186,12 @@ def plot_pairs(images: Tensor, captions: Sequence[str]) -> Figure:
     low, high = images.amin((2, 3, 4), keepdim=True), images.amax((2, 3, 4), keepdim=True)
     images = (images - low) / (high - low).clamp(min=1e-12)
     gap = images.new_ones(*images.shape[2:4], max(1, images.shape[4] // 8))
-    columns = min(len(images), 4)
-    rows = math.ceil(len(images) / columns)
+    rows = math.ceil(len(images) / 4)
+    columns = math.ceil(len(images) / rows)
     shape = images.shape[3] / (2 * images.shape[4] + gap.shape[2])  # height over width
-    figure = _figure(width=max(2.2 * columns, 2.8), height=rows * (min(max(2.0 * shape, 0.8), 4) + 0.45))
+    lines = 1 + max(caption.count("\n") for caption in captions)
+    height = min(max(2.0 * shape, 0.8), 4) + 0.25 + 0.17 * lines
+    figure = _figure(width=max(2.2 * columns, 2.8), height=rows * height)
     for number, ((left, right), caption) in enumerate(zip(images, captions, strict=True), start=1):
         axes = figure.add_subplot(rows, columns, number)
         image = torch.cat([left, gap, right], dim=2).permute(1, 2, 0).numpy()

@@ -226,6 +226,13 @@ def test_plot_pairs_of_any_images(pairs, channels, dtype, tmp_path):
     assert all(axes.images[0].get_array().ndim == (3 if channels == 3 else 2) for axes in figure.axes)
 
 
+def test_plot_pairs_leaves_room_for_captions_of_several_lines():
+    figure = plot_pairs(torch.rand(6, 2, 1, 8, 8), ["cosine\nlabels\nmore"] * 6)
+    figure.draw_without_rendering()
+    assert all(axes.title.get_window_extent().y1 <= figure.bbox.y1 for axes in figure.axes)
+    assert len({round(axes.get_position().y0, 3) for axes in figure.axes}) == 2  # three and three
+
+
 @pytest.mark.parametrize(("shape", "captions"), [((2, 2, 1, 4, 4), 1), ((2, 1, 4, 4), 2), ((0, 2, 1, 4, 4), 0)])
 def test_plot_pairs_refuses_what_does_not_fit(shape, captions):
     with pytest.raises(ValueError, match=r"\(k, 2, C, H, W\)"):
