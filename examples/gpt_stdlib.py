@@ -67,7 +67,7 @@ def windows(files: int) -> TensorDataset:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--save-dir", default="runs", help="where TensorBoard's event files go")
     parser.add_argument("--picture", help="where the curves go (default: confusion.png beside the event files)")
     parser.add_argument("--fast", action="store_true", help="a few steps, to see that everything works")

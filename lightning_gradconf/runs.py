@@ -81,6 +81,7 @@ def _files(path: Path) -> Iterator[Path]:
     """What can be read in ``path``, csv files first: where both hold a run, TensorBoard's are exact."""
     if path.is_file():
         yield path
+        return
     for pattern in ("metrics.csv", "events.out.tfevents.*"):
         yield from sorted(path.rglob(pattern))
 

@@ -6,6 +6,7 @@ import io
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
@@ -43,6 +44,8 @@ def write(logger, logged=LOGGED):
 def test_reads_what_a_logger_wrote(tmp_path, logger_class):
     folder = write(logger_class(tmp_path, name="run"))
     assert read_runs([folder]) == read_runs([tmp_path]) == {"version_0": CURVES}
+    (file,) = (file for file in Path(folder).iterdir() if "events" in file.name or file.name == "metrics.csv")
+    assert read_runs([file]) == {"version_0": CURVES}
 
 
 def test_reads_runs_of_both_loggers_below_a_folder_by_their_paths(tmp_path):
