@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -83,7 +84,12 @@ def _files(path: Path) -> Iterator[Path]:
         yield path
         return
     for pattern in ("metrics.csv", "events.out.tfevents.*"):
-        yield from sorted(path.rglob(pattern))
+        yield from sorted(path.rglob(pattern), key=_numbers)
+
+
+def _numbers(file: Path) -> list[int]:
+    """What orders the event files of a run: their names hold a time in seconds, a process and a counter."""
+    return [int(number) for number in re.findall(r"\d+", file.name)]
 
 
 def _read(file: Path) -> dict[str, Curve]:

@@ -68,6 +68,15 @@ def test_a_resumed_run_goes_on_in_a_second_file(tmp_path):
     assert read_runs([tmp_path]) == {"version_0": {"a": {0: 1.0, 1: 5.0, 2: 6.0, 3: 7.0}}}
 
 
+def test_event_files_of_one_second_are_told_by_their_counter(tmp_path):
+    for counter, value in ((9, 1.0), (10, 2.0)):
+        source = write(TensorBoardLogger(tmp_path, name=str(counter)), [(0, {"a": value})])
+        (file,) = Path(source).glob("events*")
+        (tmp_path / "run").mkdir(exist_ok=True)
+        file.rename(tmp_path / "run" / f"events.out.tfevents.1700000000.host.12.{counter}")
+    assert read_runs([tmp_path / "run"]) == {"run": {"a": {0: 2.0}}}
+
+
 def test_keeps_every_point_and_passes_over_text(tmp_path):
     many = [(step, {"a": float(step)}) for step in range(20_000)]
     write(TensorBoardLogger(tmp_path, name="many"), many)
