@@ -26,8 +26,9 @@ lint: $(VENV)/.test  ## style, formatting and types
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
+# Not --quiet, with which warnings do not count.
 docs: $(VENV)/.docs  ## the documentation as a site, in site/; warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/.test  ## time and memory of the engines over an ordinary step, and the callback's share of a run
 	cd benchmarks && ../$(BIN)/python speed.py $(ARGS)
