@@ -65,8 +65,8 @@ def training(groups: dict[str, list[Record]], colours: Sequence[Any], title: str
     """Loss, lowest cosine and final density side by side, a colour for each group of seeds."""
     figure, (row,) = canvas(1, 3)
     row[0].set(yscale="log", xlabel="epoch", ylabel="training loss (nats)", title="loss")
-    row[1].set(xlabel="epoch", ylabel="lowest cosine of two mini-batches", title="gradient confusion")
-    row[2].set(xlabel="cosine of two mini-batches, after training", ylabel="density", title="all pairs", xlim=(-1, 1))
+    row[1].set(xlabel="epoch", ylabel="lowest cosine of all pairs", title="gradient confusion of mini-batches")
+    row[2].set(xlabel="cosine of two mini-batches", ylabel="density", title="all pairs after training", xlim=(-1, 1))
     for colour, (name, records) in zip(colours, groups.items(), strict=True):
         epochs = range(records[0]["run"]["epochs"] + 1)
         band(row[0], epochs, [curve(record, "loss") for record in records], colour, name)

@@ -49,8 +49,8 @@ def study(protocol: Protocol, finish: Finish, folder: Path) -> str:
                 band(
                     each, protocol.mlp_depths, np.transpose(values), colour, init.capitalize(), marker="o", markersize=3
                 )
-        row[0].set(ylabel="lowest cosine of two mini-batches", title=f"{activation}: at initialisation")
-        row[1].set(ylabel="lowest cosine, mean over epochs", title=f"{activation}: epochs 0 to {early}")
+        row[0].set(ylabel="lowest cosine of all pairs", title=f"{activation}: at initialisation")
+        row[1].set(ylabel="lowest cosine, mean of epochs", title=f"{activation}: epochs 0 to {early}")
         row[2].set(ylabel="training loss (nats)", title=f"{activation}: loss of epoch {early}")
         for each in row:
             sizes_on(each, protocol.mlp_depths, "depth (hidden layers)")
