@@ -64,7 +64,9 @@ def study(protocol: Protocol, finish: Finish, folder: Path) -> str:
                 cells[key][-1] += [spread(values[:, end].tolist(), 2 if row == 0 else 0) for end in (0, -1)]
     fixed = (f"{WIDTH} units wide", f"{DEPTH} hidden layers")
     for column, name in enumerate(("depth (hidden layers)", "width (units of a hidden layer)")):
-        axes[0, column].set(ylabel="lowest cosine of all pairs", title=f"{protocol.init_samples} samples, {fixed[column]}")
+        axes[0, column].set(
+            ylabel="lowest cosine of all pairs", title=f"{protocol.init_samples} samples, {fixed[column]}"
+        )
         axes[1, column].set(ylabel="eta (squared gradient norm)")
         for each in axes[:, column]:
             sizes_on(each, sizes[column], name)
