@@ -33,7 +33,7 @@ def study(protocol: Protocol, finish: Finish, folder: Path) -> str:
     chosen = [record for record in records if not is_tuning(record)]
     sets = {name: [r for r in chosen if kind(r) in kinds] for name, kinds in FAMILIES.items()}
     measures: dict[str, Callable[[Record], float]] = {
-        "at w_0": lambda record: float(curve(record, "min_cosine")[0]),
+        "at initialisation": lambda record: float(curve(record, "min_cosine")[0]),
         f"mean until loss {protocol.target:g}": lambda record: confusion_until(record, protocol.target),
         "mean over all epochs": lambda record: float(np.nanmean(curve(record, "min_cosine"))),
     }
@@ -43,7 +43,7 @@ def study(protocol: Protocol, finish: Finish, folder: Path) -> str:
             spread(by_seed(members, measure, protocol), missing="constant") for members in [*sets.values(), chosen]
         ]
         lines.append([name, *cells, number(rank_correlation(records, measure, protocol.target))])
-    save(scatter(records, protocol), folder / "speed.png")
+    save(scatter(records, protocol, measures), folder / "speed.png")
     sizes = [f"{name} ({len(members)})" for name, members in {**sets, "all": chosen}.items()]
     return markdown(["confusion", *sizes, f"all, and the runs at other rates ({len(records)})"], lines)
 
@@ -66,26 +66,25 @@ def by_seed(records: Sequence[Record], measure: Callable[[Record], float], proto
     return [rank_correlation(members, measure, protocol.target) for members in seeds]
 
 
-def scatter(records: Sequence[Record], protocol: Protocol) -> Figure:
-    """A point for each run, those that never reach the loss above a line."""
-    figure, ((axes,),) = canvas(1, 1)
-    figure.set_size_inches(7.2, 4.4)
+def scatter(records: Sequence[Record], protocol: Protocol, measures: dict[str, Callable[[Record], float]]) -> Figure:
+    """A point for each run, those that never reach the loss above a line; one panel for each measure of confusion."""
+    figure, (row,) = canvas(1, len(measures))
     never = 1.12 * protocol.epochs
-    for (name, kinds), colour in zip(FAMILIES.items(), QUALITATIVE, strict=False):
-        for tuning in (True, False):
-            members = [r for r in records if kind(r) in kinds and is_tuning(r) == tuning]
-            x = [confusion_until(record, protocol.target) for record in members]
-            y = [min(epochs_to(record, protocol.target), never) for record in members]
-            filled = {"facecolor": "none", "alpha": 0.5} if tuning else {"facecolor": colour, "label": name}
-            axes.scatter(x, y, s=22, edgecolor=colour, linewidth=0.9, **filled)
-    axes.axhline(1.06 * protocol.epochs, color=PALE, linewidth=1)
     ticks = np.linspace(0, protocol.epochs, 5)
-    axes.set_yticks([*ticks, never], [*(f"{tick:g}" for tick in ticks), "never"])
-    axes.set(
-        xlabel="lowest cosine, mean over the epochs until then (\N{LEFTWARDS ARROW} more confusion)",
-        ylabel=f"epochs to training loss {protocol.target:g}",
-    )
-    label(figure, axes, "All trained runs; hollow: at the learning rates tried, one seed")
+    for axes, (title, measure) in zip(row, measures.items(), strict=True):
+        for (name, kinds), colour in zip(FAMILIES.items(), QUALITATIVE, strict=False):
+            for tuning in (True, False):
+                members = [r for r in records if kind(r) in kinds and is_tuning(r) == tuning]
+                x = [measure(record) for record in members]
+                y = [min(epochs_to(record, protocol.target), never) for record in members]
+                filled = {"facecolor": "none", "alpha": 0.5} if tuning else {"facecolor": colour, "label": name}
+                axes.scatter(x, y, s=18, edgecolor=colour, linewidth=0.9, **filled)
+        axes.axhline(1.06 * protocol.epochs, color=PALE, linewidth=1)
+        axes.set_yticks([*ticks, never], [*(f"{tick:g}" for tick in ticks), "never"])
+        axes.set(
+            xlabel="lowest cosine of all pairs", ylabel=f"epochs to training loss {protocol.target:g}", title=title
+        )
+    label(figure, row[0], "All trained runs; hollow: at the learning rates tried, with one seed")
     return figure
 
 

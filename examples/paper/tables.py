@@ -31,7 +31,7 @@ def table(groups: dict[str, list[Record]], target: float) -> str:
         ]
         lines.append(cells)
     head = [
-        *("network", "learning rate", "min cosine at w_0", f"mean min cosine until loss {target:g}"),
+        *("network", "learning rate", "min cosine at initialisation", f"mean min cosine until loss {target:g}"),
         *(f"epochs to loss {target:g}", "final training loss", "test accuracy, %"),
     ]
     return markdown(head, lines)
