@@ -1,10 +1,10 @@
 """How time and memory grow with units, parameters, samples a unit, the memory budget and ranks: numbers and a figure.
 
-    python benchmarks/scaling.py [--out docs/images/scaling.png]     about 10 minutes on two cores
+    python benchmarks/scaling.py [--out docs/images/scaling.png]
     python benchmarks/scaling.py --protocol                          the paper's protocol on a WRN-16-2
 
-Every point is measured in a process of its own, on one thread: the median time of a few calls after a first one, and
-the highest resident memory during a call above that before. Linux only.
+Every engine is measured in a process of its own, on one thread: the median processor time of a few calls after a first
+one, and the highest resident memory during a call above that before. Linux only.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ REPEATS = 3
 # Memory goes back to the system as soon as it is freed.
 ENV = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
 POINTS = {
-    "units": [{"n": n} for n in (4, 8, 16, 32, 64, 128)],
-    "parameters": [{"width": width} for width in (128, 256, 512, 1024)],
-    "samples a unit": [{"k": k} for k in (1, 4, 16, 64)],
+    "units": [{"n": n} for n in (4, 8, 16, 32, 64)],
+    "parameters": [{"width": width} for width in (256, 512, 1024)],
+    "samples a unit": [{"k": k} for k in (1, 4, 16)],
 }
-BUDGETS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
+BUDGETS = (1 / 2, 1 / 4, 1 / 8)
 
 
 def model_of(width: int) -> nn.Sequential:
@@ -59,13 +59,13 @@ def loss_of(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch
 
 
 def measured(action) -> tuple[float, float]:
-    """Seconds, and megabytes above what was there before, after a first call."""
+    """Seconds of processor time, and megabytes above what was there before, after a first call."""
     action()
     seconds = []
     for _ in range(REPEATS):
-        start = time.perf_counter()
+        start = time.process_time()
         action()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = status("VmRSS")
@@ -85,7 +85,8 @@ def point(engine: str, n: int = 32, k: int = 1, width: int = 512, share: float |
         model.zero_grad()
 
     budget = None if share is None else int(share * n * p * 4)
-    passes = n if budget is None else plan(n, sizes(model.parameters()), budget).passes
+    chunk = 1 if engine == "loop" else None
+    passes = n if budget is None else plan(n, sizes(model.parameters()), budget, chunk).passes
 
     def engines() -> None:
         gradient_gram(model, loss_of, batch, engine=engine, unit_size=k, memory_budget=budget)
@@ -180,23 +181,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("scaling.png"))
     parser.add_argument("--protocol", action="store_true")
-    parser.add_argument("--point", help=argparse.SUPPRESS)
+    parser.add_argument("--engine", help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if options.protocol:
         protocol()
-    elif options.point:
-        print(json.dumps(point(**json.loads(options.point))))
+    elif options.engine:
+        print(json.dumps(all_points(options.engine)))
     else:
         everything(options.out)
 
 
-def fresh(**arguments: object) -> dict[str, float]:
-    """`point` in a process of its own."""
-    command = [sys.executable, __file__, "--point", json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENV, check=True)
+def fresh(engine: str) -> dict[str, list[dict[str, float]]]:
+    """All points of one engine, in a process of its own."""
+    command = [sys.executable, __file__, "--engine", engine]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | ENV, check=True)
     return json.loads(done.stdout)
+
+
+def all_points(engine: str) -> dict[str, list[dict[str, float]]]:
+    found = {name: [point(engine, **options) for options in points] for name, points in POINTS.items()}
+    if engine in ENGINES[1:]:
+        found["budget"] = [point(engine, share=share) for share in (None, *BUDGETS)]
+    return found
 
 
 def row(*cells: object) -> None:
@@ -207,53 +215,52 @@ def row(*cells: object) -> None:
 
 def everything(out: Path) -> None:
     os.environ |= ENV  # for the processes of ranks
-    found: dict[str, list[tuple[float, dict[str, dict[str, float]]]]] = {}
+    found = {engine: fresh(engine) for engine in ("ordinary", *ENGINES)}
     for name, points in POINTS.items():
-        row(name, *(f"{engine}, {what}" for engine in ("ordinary", *ENGINES) for what in ("s", "MB")))
-        found[name] = []
-        for options in points:
-            results = {engine: fresh(engine=engine, **options) for engine in ("ordinary", *ENGINES)}
-            x = results["loop"]["parameters"] if "width" in options else next(iter(options.values()))
-            row(x, *(result[what] for result in results.values() for what in ("seconds", "megabytes")))
-            found[name].append((x, results))
+        row(name, *(f"{engine}, {what}" for engine in found for what in ("s", "MB")))
+        for i, options in enumerate(points):
+            x = next(iter(options.values())) if name != "parameters" else found["loop"][name][i]["parameters"]
+            row(x, *(found[engine][name][i][what] for engine in found for what in ("seconds", "megabytes")))
     row("budget", "gradients computed", *(f"{engine}, {what}" for engine in ENGINES[1:] for what in ("s", "MB")))
-    budgets = []
-    for share in (None, *BUDGETS):
-        results = {engine: fresh(engine=engine, share=share) for engine in ENGINES[1:]}
-        passes = results["loop"]["passes"]
-        row(share or "all", passes, *(result[what] for result in results.values() for what in ("seconds", "megabytes")))
-        budgets.append((passes / 32, results))
+    for i, share in enumerate((None, *BUDGETS)):
+        results = [found[engine]["budget"][i] for engine in ENGINES[1:]]
+        passes = [result["passes"] for result in results]
+        row(share or "all", passes, *(result[what] for result in results for what in ("seconds", "megabytes")))
+    plot(found, out)
     row("ranks", "units a rank", "budget", "s", "MB a rank", "MB sent a rank", "gradients computed a rank")
     for ranks, n, share in ((1, 32, None), (2, 16, None), (2, 32, None), (2, 16, 1 / 2), (2, 16, 1 / 4)):
         results = over_ranks(ranks, n, share)
         most = {key: max(result[key] for result in results) for key in results[0]}
         row(ranks, n, share or "all", most["seconds"], most["megabytes"], most["sent"], int(most["passes"]))
-    plot(found, budgets, out)
 
 
-def plot(found: dict, budgets: list, out: Path) -> None:
+def plot(found: dict[str, dict[str, list[dict[str, float]]]], out: Path) -> None:
     from matplotlib.figure import Figure
 
     colors = dict(zip(("ordinary", *ENGINES), ("0.5", "tab:green", "tab:orange", "tab:blue"), strict=True))
-    figure = Figure(figsize=(11, 6), layout="constrained")
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
     axes = figure.subplots(2, 4)
     labels = {"units": "units n", "parameters": "parameters P", "samples a unit": "samples a unit"}
-    for column, (name, points) in enumerate(found.items()):
-        for line, (what, unit) in enumerate({"seconds": "s", "megabytes": "MB"}.items()):
+    rows = {"seconds": "processor time, s", "megabytes": "peak memory, MB"}
+    for line, (what, label) in enumerate(rows.items()):
+        for column, (name, points) in enumerate(POINTS.items()):
             axis = axes[line, column]
+            xs = [next(iter(options.values())) for options in points]
+            if name == "parameters":
+                xs = [result["parameters"] for result in found["loop"][name]]
             for engine, color in colors.items():
-                values = [results[engine][what] for _, results in points]
-                label = "ordinary pass" if engine == "ordinary" else engine
-                axis.loglog([x for x, _ in points], values, "o-", color=color, label=label, markersize=3)
+                title = "ordinary pass" if engine == "ordinary" else engine
+                values = [result[what] for result in found[engine][name]]
+                axis.loglog(xs, values, "o-", color=color, label=title, markersize=3)
             axis.set_xlabel(labels[name])
-            axis.set_ylabel(f"{'time' if what == 'seconds' else 'peak memory'}, {unit}")
-    for line, (what, unit) in enumerate({"seconds": "s", "megabytes": "MB"}.items()):
+            axis.set_ylabel(label)
         axis = axes[line, 3]
         for engine in ENGINES[1:]:
-            values = [results[engine][what] for _, results in budgets]
-            axis.plot([passes for passes, _ in budgets], values, "o-", color=colors[engine], markersize=3)
+            results = found[engine]["budget"]
+            xs = [result["passes"] / 32 for result in results]
+            axis.plot(xs, [result[what] for result in results], "o-", color=colors[engine], markersize=3)
         axis.set_xlabel("gradients computed / n")
-        axis.set_ylabel(f"{'time' if what == 'seconds' else 'peak memory'}, {unit}")
+        axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
     axes[0, 0].legend(frameon=False)
     for axis, title in zip(axes[0], ("more units", "more parameters", "larger units", "less memory"), strict=True):
