@@ -8,7 +8,6 @@ import logging
 import os
 import subprocess
 import sys
-import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -313,11 +312,7 @@ def peaks(method: str) -> None:
     data = torch.randn(UNITS, 64), torch.arange(UNITS) % 10
     everything = UNITS * gradient_bytes(model)
     print(everything)
-    engine = "loop" if method == "ordinary" else method
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is imported on the first call counts as there before
-        gradient_gram(mlp(torch.float32), loss, batch(torch.float32), engine=engine)
-    for share in SHARES:
+    for share in (SHARES[-1], *SHARES):  # what the first measurement loads counts as there before
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         before = resident("VmRSS")
@@ -351,8 +346,8 @@ def peaks_of():
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("engine", ["loop", "vmap"])
 def test_peak_memory_is_within_the_budget_and_one_ordinary_pass(engine, share, peaks_of):
-    everything, *highest = peaks_of(engine)
-    _, *ordinary = peaks_of("ordinary")
+    everything, _, *highest = peaks_of(engine)
+    _, _, *ordinary = peaks_of("ordinary")
     allowed = share * everything
     assert highest[SHARES.index(share)] <= allowed + min(ordinary)
     assert highest[SHARES.index(share)] >= 0.6 * allowed, "and the budget is used"
