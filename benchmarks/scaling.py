@@ -251,7 +251,9 @@ def plot(found: dict[str, dict[str, list[dict[str, float]]]], out: Path) -> None
             for engine, color in colors.items():
                 title = "ordinary pass" if engine == "ordinary" else engine
                 values = [result[what] for result in found[engine][name]]
-                axis.loglog(xs, values, "o-", color=color, label=title, markersize=3)
+                axis.loglog(xs, values, "o-", color=color, label=title if line == column == 0 else None, markersize=3)
+            axis.set_xticks(xs, [f"{x / 1e6:.2g} M" if x > 1e5 else str(x) for x in xs])
+            axis.minorticks_off()
             axis.set_xlabel(labels[name])
             axis.set_ylabel(label)
         axis = axes[line, 3]
@@ -262,7 +264,7 @@ def plot(found: dict[str, dict[str, list[dict[str, float]]]], out: Path) -> None
         axis.set_xlabel("gradients computed / n")
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
-    axes[0, 0].legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
     for axis, title in zip(axes[0], ("more units", "more parameters", "larger units", "less memory"), strict=True):
         axis.set_title(title)
     for axis in axes.flat:

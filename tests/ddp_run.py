@@ -19,7 +19,7 @@ from runs import CLASSES, FEATURES, QUIET, Data, Module, Rows, frozen
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from lightning_gradconf import GradientConfusionCallback, callback, distributed, report, sampling
+from lightning_gradconf import GradientConfusionCallback, callback, distributed, report, source
 
 
 class Net(Module):
@@ -81,7 +81,7 @@ class Break(pl.Callback):
             raise RuntimeError("broken on rank 1")
 
         owner, name = {
-            "sampling": (sampling, "units_of"),
+            "sampling": (source, "units_of"),
             "preparation": (callback, "prepare_step"),
             "plan": (distributed, "bytes_for_gradients"),
             "forward": (type(module), "measured_loss"),
