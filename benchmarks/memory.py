@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
-from speed import MAIN, engine, ordinary
+from speed import ENGINES, MAIN, engine, ordinary
 from workloads import WORKLOADS, build
 
 
@@ -43,7 +43,7 @@ def status(key: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", default=list(MAIN), choices=list(WORKLOADS))
-    parser.add_argument("--engines", nargs="+", default=["ghost", "vmap", "loop"])
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES))
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -77,7 +77,7 @@ def _contract(parameters: Iterable[tuple[str, nn.Parameter]], attribute: str) ->
             raise NotImplementedError(f"{name} gets no {attribute}")
         rows = getattr(p, attribute).detach().flatten(1)
         grams.append(rows @ rows.T)
-        delattr(p, attribute)
+        setattr(p, attribute, None)
         p.grad = None
     return sum(grams[1:], grams[0])
 

@@ -78,6 +78,7 @@ def compare(name: str, methods: list[str], rounds: int) -> tuple[dict[str, str],
             took = seconds(lambda function=function, found=found: found.append(function()))
             if (off := error(found[0], want)) > WRONG:
                 raise ArithmeticError(f"the Gram is wrong by {off:.2g}")
+            function()
             functions[each] = function
             first = took if each == "ghost" else first
         except Exception as problem:

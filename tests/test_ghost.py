@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -225,11 +226,12 @@ def test_only_the_parameters_without_a_rule_take_another_way(monkeypatch):
         measure(model, loss, batch, "ghost")
     model = Model(
         lambda self, x: self.c(self.a(x).tanh() * self.b),
-        a=nn.Bilinear(1, 1, 1),
+        a=nn.Bilinear(1, 1, 1, bias=False),
         b=nn.Parameter(torch.randn(4)),
         c=nn.Linear(4, 3),
     )
     monkeypatch.undo()
+    monkeypatch.delitem(rules.RULES, "TrilinearBackward0")
     model.function = lambda self, x: self.c(self.a(x[:, :1], x[:, 1:2]).tanh() * self.b)
     model = model.double()
     batch, asked = (normal(4), labels()), []
@@ -265,6 +267,10 @@ def results() -> dict[str, tuple[Tensor, list[str]]]:
         "ConvolutionBackward0": (F.conv1d(x, m[:, :, None]), size),
         "DivBackward0": (p / x, ["self", "other"]),
         "EmbeddingBackward0": (F.embedding(index, m), ["indices", "padding_idx", "scale_grad_by_freq"]),
+        "EmbeddingBagBackward0": (
+            F.embedding_bag(index[None], m),
+            ["indices", "offsets", "mode", "padding_idx", "scale_grad_by_freq", "per_sample_weights"],
+        ),
         "ExpandBackward0": (p.expand(2, 4), []),
         "IndexBackward0": (m[index], ["indices"]),
         "IndexSelectBackward0": (m.index_select(0, index), ["dim", "index"]),
@@ -280,6 +286,10 @@ def results() -> dict[str, tuple[Tensor, list[str]]]:
         "PreluKernelBackward0": (F.prelu(x, p), ["self"]),
         "RepeatBackward0": (p.repeat(2), []),
         "SubBackward0": (x - p, ["alpha"]),
+        "TrilinearBackward0": (
+            torch._trilinear(x[0], b, x[0], [1, 3], [0], [1, 2], [2, 3]),
+            ["i1", "i3", "expand2", "sumdim"],
+        ),
         "WhereBackward0": (torch.where(x > 0, x, p), ["condition"]),
     }
 
@@ -291,6 +301,34 @@ def test_pytorch_saves_what_the_rules_read(name):
     assert node.name() == name, f"torch {torch.__version__} calls {name} {node.name()}: rename its rule"
     for attribute in read:
         nodes.saved(node, attribute)  # says which attribute is missing
+
+
+def test_the_fused_norm_of_other_devices():
+    """There is no such node on a CPU, where the norm is composed of others."""
+    x, scale, delta = (torch.randn(6, 4, 5).double() for _ in range(3))
+    scale = x.square().mean(-1, keepdim=True).rsqrt()
+
+    class Fused:
+        _saved_input, _saved_result1 = x, scale
+
+        def name(self) -> str:
+            return "FusedRmsNormBackward0"
+
+    weight = torch.ones(5, dtype=torch.float64, requires_grad=True)
+    want = [
+        torch.autograd.grad(F.rms_norm(a, (5,), weight, eps=0.0), weight, d)[0] for a, d in zip(x, delta, strict=True)
+    ]
+    got = rules.contribution(Fused(), 1, delta, (5,), rules.Units(6, 1))
+    torch.testing.assert_close(whole(got), torch.stack(want))
+
+
+def test_the_error_of_a_rule_is_no_missing_rule(monkeypatch):
+    def broken(*_: Any) -> Any:
+        raise IndexError("a bug")
+
+    monkeypatch.setitem(rules.RULES, "AddmmBackward0", broken)
+    with pytest.raises(IndexError, match="a bug"):
+        measure(*ZOO["mlp"](), "ghost")
 
 
 @given(
@@ -396,6 +434,31 @@ def test_in_float32_within_its_precision(name):
     x, *rest = batch if isinstance(batch, tuple) else (batch,)
     batch = (x.float(), *rest) if rest else x.float()
     assert error(measure(model.float(), loss, batch, "ghost"), want) < 1e-5
+
+
+def residual_block(channels: int, out: int, stride: int) -> nn.Module:
+    return Model(
+        lambda self, x: (self.body(x) + self.skip(x)).relu(),
+        body=nn.Sequential(
+            nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.GroupNorm(8, out), nn.ReLU(),
+            nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.GroupNorm(8, out),
+        ),
+        skip=nn.Conv2d(channels, out, 1, stride, bias=False),
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_resnet_in_float32_is_as_exact_as_the_loop():
+    """ResNet-18 of half its width: so deep that the loop itself is far from float64."""
+    torch.manual_seed(0)
+    widths = [32, 32, 32, 64, 64, 128, 128, 256, 256]
+    blocks = (residual_block(a, b, 1 + (b > a)) for a, b in pairwise(widths))
+    net = nn.Sequential(nn.Conv2d(3, 32, 3, 1, 1, bias=False), *blocks)
+    model = Model(lambda self, x: self.head(self.net(x).mean((2, 3))), net=net, head=nn.Linear(256, 10))
+    batch = torch.randn(6, 3, 32, 32), torch.randint(10, (6,))
+    got, own = (measure(model, cross_entropy, batch, engine) for engine in ("ghost", "loop"))
+    want = measure(model.double(), cross_entropy, (batch[0].double(), batch[1]), "loop")
+    assert error(got, want) < 2 * error(own, want)
 
 
 def test_under_autocast():

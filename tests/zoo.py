@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 Case = tuple[nn.Module, Callable[[nn.Module, Any], Tensor], Any]
 ZOO: dict[str, Callable[[], Case]] = {}
 NO_VMAP: set[str] = set()  # torch.func cannot transform these: auto must notice
+GHOST_AT_ONE = {"batchnorm"}  # with units of one sample, for which BatchNorm takes its running statistics
 NO_GHOST = {  # one pass over all units does not give the gradients of single units, at one unit size at least
     "batch_reordered_in_forward",
     "batchnorm",
@@ -189,6 +190,23 @@ def embedding_bag() -> Case:
 
     model = Model(forward, bag=nn.EmbeddingBag(7, 4, mode="sum"), head=nn.Linear(4, 3))
     return model, cross_entropy, (torch.randint(7, (6, 5)), labels())
+
+
+@case
+def embedding_bags() -> Case:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.head(self.mean(x) + self.sum(x, per_sample_weights=x.double() / 7))
+
+    bags = {"mean": nn.EmbeddingBag(7, 4, padding_idx=0), "sum": nn.EmbeddingBag(7, 4, mode="sum")}
+    return Model(forward, **bags, head=nn.Linear(4, 3)), cross_entropy, (torch.randint(7, (6, 5)), labels())
+
+
+@case
+def bilinear() -> Case:
+    model = Model(
+        lambda self, x: self.head(self.pair(x[:, :4], x[:, 4:])), pair=nn.Bilinear(4, 2, 5), head=nn.Linear(5, 3)
+    )
+    return model, cross_entropy, (normal(6), labels())
 
 
 @no_vmap  # in float64, for which there is no fused kernel

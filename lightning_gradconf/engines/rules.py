@@ -146,6 +146,13 @@ def _baddbmm(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], units
     return _batched_product(node, slot - 1, delta, "batch1", "batch2", units, saved(node, "alpha"))
 
 
+def _trilinear(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], units: Units) -> Contribution:
+    if slot != 1 or [*saved(node, "expand2")] != [0] or [*saved(node, "sumdim")] != [2, 3]:
+        raise NotImplementedError("a product of three tensors that is no bilinear layer")
+    inputs = wide(saved(node, "i1")).unsqueeze(2) * saved(node, "i3").unsqueeze(1)
+    return _outer_products(delta, inputs.flatten(1), units)
+
+
 def _convolution(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], units: Units) -> Contribution:
     if slot == 2:
         return units.reduce(wide(delta).flatten(2).sum(2), shape)
@@ -170,6 +177,20 @@ def _embedding(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], uni
     if 0 <= padding < shape[0]:
         delta = delta.masked_fill((index == padding).unsqueeze(-1), 0)
     return _lookup(index, delta, shape, units)
+
+
+def _embedding_bag(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], units: Units) -> Contribution:
+    index, offsets, mode = (saved(node, key) for key in ("indices", "offsets", "mode"))
+    length = index.numel() // max(1, len(offsets))
+    starts = torch.arange(0, index.numel(), max(1, length), device=index.device)
+    if slot != 0 or mode == 2 or not torch.equal(offsets, starts) or saved(node, "scale_grad_by_freq"):
+        raise NotImplementedError("bags of different lengths, their maximum, or counts over the whole batch")
+    kept = wide(delta.new_ones(()) * (index != saved(node, "padding_idx"))).view(-1, length)
+    if mode == 1:
+        kept = kept / kept.sum(1, keepdim=True).clamp_min(1)
+    if (weights := saved(node, "per_sample_weights")) is not None:
+        kept = kept * weights.view(-1, length)
+    return _lookup(index, wide(delta).unsqueeze(1) * kept.unsqueeze(2), shape, units)
 
 
 def _index(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], units: Units) -> Contribution:
@@ -287,6 +308,7 @@ RULES: dict[str, Rule] = {
     "ConvolutionBackward0": _convolution,
     "DivBackward0": _div,
     "EmbeddingBackward0": _embedding,
+    "EmbeddingBagBackward0": _embedding_bag,
     "ExpandBackward0": _expand,
     "FusedRmsNormBackward0": _rms_norm,
     "IndexBackward0": _index,
@@ -301,5 +323,6 @@ RULES: dict[str, Rule] = {
     "PreluKernelBackward0": _prelu,
     "RepeatBackward0": _repeat,
     "SubBackward0": _sub,
+    "TrilinearBackward0": _trilinear,
     "WhereBackward0": _where,
 }
