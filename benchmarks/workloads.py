@@ -93,21 +93,25 @@ class GPTBlock(nn.Module):
 
 
 class GPT(nn.Module):
-    """A small decoder; its positions have no batch dimension."""
+    """A small decoder; its positions have no batch dimension, unless they are expanded to one."""
 
-    def __init__(self, width: int = 256, layers: int = 4, heads: int = 4, length: int = 128) -> None:
+    def __init__(
+        self, width: int = 256, layers: int = 4, heads: int = 4, length: int = 128, expand: bool = False
+    ) -> None:
         super().__init__()
+        self.expand = expand
         self.tokens, self.positions = nn.Embedding(VOCABULARY, width), nn.Embedding(length, width)
         self.blocks = nn.Sequential(*(GPTBlock(width, heads) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
 
     def forward(self, index: Tensor) -> Tensor:
-        x = self.tokens(index) + self.positions(torch.arange(index.shape[1], device=index.device))
+        positions = torch.arange(index.shape[1], device=index.device)
+        x = self.tokens(index) + self.positions(positions.expand_as(index) if self.expand else positions)
         return self.head(self.norm(self.blocks(x)))
 
 
-def gpt(units: int = 16) -> Workload:
-    model = GPT()
+def gpt(units: int = 16, expand: bool = False) -> Workload:
+    model = GPT(expand=expand)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
@@ -154,6 +158,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "gpt": gpt,
     "lstm": lstm,
     "encoder": encoder,
+    "gpt, expanded positions": partial(gpt, expand=True),
     "cnn, 8 samples a unit": partial(cnn, units=8, unit_size=8),
     **{f"mlp, {n} units": partial(mlp, n) for n in (16, 64, 256)},
     **{f"gpt, {n} units": partial(gpt, n) for n in (32, 64, 256)},
