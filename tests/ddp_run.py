@@ -120,6 +120,10 @@ class Leave(pl.Callback):
             if isinstance(confusion, GradientConfusionCallback) and confusion.last_gram is not None:
                 result["statistics"] = {k: v.hex() for k, v in confusion.last_statistics.items()}
                 result["gram"] = confusion.last_gram.tolist()
+                result["pairs"] = [
+                    (pair.cosine, pair.units, [str(origin) for origin in pair.origins], pair.labels)
+                    for pair in confusion.last_top_pairs
+                ]
         (self.out / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
 
 

@@ -117,7 +117,7 @@ RUNS = {
     "three ranks": {
         "devices": 3, "samples": 22, "confusion": {"unit_size": 2, "every_n_epochs": 1, "num_units": 3},
     },
-    "in blocks": {"confusion": EVERY | BLOCKS},
+    "in blocks": {"confusion": EVERY | BLOCKS | {"labels": 1, "top_pairs": 3}},
     **{f"broken {stage}": {"confusion": EVERY | BLOCKS, "fail": stage} for stage in STAGES},
 }  # fmt: skip
 # Lightning starts the ranks of FSDP by running the script again, so that there is one run in a script.
@@ -191,6 +191,19 @@ def test_runs_in_blocks_are_the_runs_without(left):
     measured = left("in blocks")
     assert_no_trace(left("plain, without"), measured)
     assert measured[0]["warnings"] == [] and len(measured[0]["gram"]) == 8
+
+
+def test_pairs_are_told_by_rank_and_the_same_on_all(left):
+    measured = left("in blocks")
+    assert measured[0]["pairs"] == measured[1]["pairs"]
+    assert {"within_class_cosine", "between_class_cosine"} <= measured[0]["statistics"].keys()
+    gram = torch.tensor(measured[0]["gram"])
+    cosines = gram / torch.outer(gram.diagonal().sqrt(), gram.diagonal().sqrt())
+    lowest = cosines[tuple(torch.triu_indices(8, 8, offset=1))].sort().values[:3]
+    for (cosine, units, origins, labels), value in zip(measured[0]["pairs"], lowest, strict=True):
+        assert cosine == pytest.approx(float(value), abs=1e-6) == pytest.approx(float(cosines[tuple(units)]), abs=1e-6)
+        assert origins == [f"rank {unit // 4}, batch 2, sample {unit % 4}" for unit in units]
+        assert len(labels) == 2
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

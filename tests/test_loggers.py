@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradconf import GradientConfusionCallback
+from lightning_gradconf.report import Measurement, Report
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytorch_lightning.utilities.warnings.PossibleUserWarning")
 ANGLES = [82, 112, 218, 228, 259, 278, 322, 347]  # degrees; no two differences are alike
@@ -130,6 +131,11 @@ def test_zero_gradients_are_in_no_pair():
     shown = {unit for pair in confusion.last_top_pairs for unit in pair.units}
     assert 0 < len(shown) < 8
     assert shown == set((confusion.last_gram.diagonal() > 0).nonzero().flatten().tolist())
+
+
+def test_units_without_classes_have_no_statistics_of_classes():
+    report = Report(("eta", "within_class_cosine"), False, False, False, 0, PREFIX)
+    assert report.values(Measurement({"weight": torch.eye(2)}, 1, 0)) == {"eta": 0.0}
 
 
 @pytest.mark.parametrize(
