@@ -17,7 +17,7 @@ from runs import PREFIX, Data, Module, Rows, Scenario, loader, run
 from test_no_trace import assert_same
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_gradconf import GradientConfusionCallback, engines, report, sampling, units
+from lightning_gradconf import GradientConfusionCallback, engines, report, source, units
 
 
 class Fault:
@@ -97,11 +97,11 @@ class FaultyRows(Rows):
 
 # The functions of ours that a stage begins with; at the other stages the user's code fails.
 FUNCTIONS: dict[str, tuple[Any, str]] = {
-    "sampling": (sampling, "units_of"),
-    "drawing": (sampling, "draw"),
+    "sampling": (source, "units_of"),
+    "drawing": (source, "draw"),
     "unit split": (units, "split"),
     "isolation": (torch.compiler, "set_stance"),  # in the middle of putting it up
-    "contraction": (engines, "contract"),
+    "contraction": (engines, "blockwise"),
     "statistics": (report, "gradient_statistics"),
     "histogram": (SummaryWriter, "add_histogram"),
 }
