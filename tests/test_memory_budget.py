@@ -226,7 +226,7 @@ def test_units_go_together_as_far_as_an_ordinary_pass_and_the_budget_allow():
         assert units_at_once(target, units, 3, usual, room) == expected
 
 
-@pytest.mark.parametrize(("together", "used"), [(6, "ghost"), (5, "vmap"), (2, "vmap"), (1, "loop")])
+@pytest.mark.parametrize(("together", "used"), [(6, "ghost"), (5, "vmap"), (4, "vmap"), (1, "loop")])
 def test_auto_takes_the_engine_whose_passes_fit(together, used):
     x, y = batch()
     units = [(x[i : i + 2], y[i : i + 2]) for i in range(0, N, 2)]
@@ -236,6 +236,18 @@ def test_auto_takes_the_engine_whose_passes_fit(together, used):
     grams, name = gram_of_units(target, units, 2, memory_budget=room, usual=2)
     assert name == used
     whole, _ = gram_of_units(target, units, 2, "loop")
+    torch.testing.assert_close(grams, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_auto_leaves_single_units_to_the_loop():
+    """In blocks torch.func would batch nothing, and the loop is the faster one."""
+    module = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3)).double()  # not for ghost
+    x, y = batch()
+    units = [(x[i : i + 2], y[i : i + 2]) for i in range(0, N, 2)]
+    target = objective(module, loss)
+    whole, first = gram_of_units(target, units, 2)
+    grams, then = gram_of_units(target, units, 2, memory_budget=budget_for(module, 4))
+    assert (first, then) == ("vmap", "loop")
     torch.testing.assert_close(grams, whole, rtol=1e-12, atol=1e-12)
 
 

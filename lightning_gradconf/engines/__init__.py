@@ -123,6 +123,8 @@ def gram_of_units(
 
     def by(gradients: Callable[[Sequence[Any]], Rows], chunk_size: int | None = None) -> dict[str, Tensor]:
         made = plan(n, bytes_of_each, budget, chunk_size)
+        if engine == "auto" and chunk_size is None and made.chunk == 1 and made.block < n:
+            raise RuntimeError("the memory budget has no room for gradients of several units beside those held")
         return blockwise(n, repeatable(gradients, units, made), made, progress=progress)
 
     engines: dict[str, Callable[[], dict[str, Tensor]]] = {
