@@ -97,9 +97,11 @@ class Report:
             layer: float(min_cosine(torch.stack([grams[name] for name in names]).sum(0)))
             for layer, names in _layers(list(grams), self.per_layer).items()
         }
+        for layer in values:
+            self._of_layers.setdefault(layer, [math.nan] * len(self._steps))  # frozen until now
+        for layer, known in self._of_layers.items():
+            known.append(values.get(layer, math.nan))
         self._steps.append(measured.step)
-        for layer, value in values.items():
-            self._of_layers.setdefault(layer, []).append(value)
         return values
 
     def pairs(self, measured: Measurement) -> list[Pair]:

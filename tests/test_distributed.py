@@ -12,9 +12,13 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import distributed as dist
+from zoo import ZOO
 
-from lightning_gradconf import distributed
+from lightning_gradconf import distributed, gradient_gram
+from lightning_gradconf.engines import vmap
 from lightning_gradconf.engines.blocks import Plan
+from lightning_gradconf.engines.objective import objective
+from lightning_gradconf.units import split
 
 HERE = Path(__file__).parent
 
@@ -81,6 +85,36 @@ def test_gram_over_ranks_is_that_of_all_rows(ranks, tmp_path):
         assert all(rows == {} for rows in computed), "gradients are released as they are contracted"
         failed = ["ZeroDivisionError" if failing == rank else "RuntimeError" for failing in range(ranks)]
         assert decisions == [0, *failed, "went on"]
+
+
+MODELS = ("transformer_encoder", "grouped_dilated_convolutions", "experts_in_one_tensor", "batchnorm")
+
+
+def engines_on_rank(rank: int, ranks: int, store: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    results = {}
+    for name in MODELS:
+        module, loss_fn, batch = ZOO[name]()
+        units = split(batch, 1)
+        mine = units[rank * (len(units) // ranks) :][: len(units) // ranks]
+        results[name] = distributed.gram_of_units(objective(module, loss_fn), mine, 1, "auto", None, False)
+    vmap.differentiator = (lambda *_: 1 / 0) if rank == 1 else vmap.differentiator
+    results["broken on rank 1"] = distributed.gram_of_units(objective(module, loss_fn), mine, 1, "auto", None, False)
+    torch.save(results, f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_engines_across_ranks_are_one_process_with_all_units(tmp_path):
+    mp.spawn(engines_on_rank, args=(2, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, (grams, used) in one.items():
+        assert used == other[name][1] == ("loop" if name == "broken on rank 1" else "vmap")
+        want = gradient_gram(*ZOO[name if name in ZOO else MODELS[-1]](), engine="loop")
+        scale = sum(want.values()).diagonal().max()
+        for key, gram in grams.items():
+            torch.testing.assert_close(gram / scale, want[key] / scale, rtol=0, atol=1e-12)
+            assert torch.equal(gram, other[name][0][key])
 
 
 def test_alone_nothing_is_exchanged():
