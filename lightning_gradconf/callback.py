@@ -394,7 +394,7 @@ class GradientConfusionCallback(Callback):
                 return sharded.gram_of_units(target, batches, unit_size, **options), "loop"
             how = (target, batches, unit_size, self._engine, self.chunk_size)
             if world_size() > 1:
-                return distributed.gram_of_units(*how, **options, usual=usual)
+                return distributed.gram_of_units(*how, **options, usual=usual, memory=self._memory)
             return gram_of_units(*how, **options, usual=usual, memory=self._memory)
 
     def _board(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:

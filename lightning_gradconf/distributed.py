@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from lightning_gradconf.engines import loop, vmap
+from lightning_gradconf.engines import ghost, loop, vmap
 from lightning_gradconf.engines.blocks import Plan, Progress, Rows, blockwise, least, plan, repeatable
 from lightning_gradconf.engines.budget import bytes_for_gradients, units_at_once
 from lightning_gradconf.engines.layers import MeasuredLayers
-from lightning_gradconf.engines.objective import Objective, sizes
+from lightning_gradconf.engines.memory import Memory
+from lightning_gradconf.engines.objective import Objective, accumulation_dtype, sizes
+from lightning_gradconf.factors import Factors, partial_grams
+from lightning_gradconf.isolation import untouched
 
 Result = TypeVar("Result")
 _UNBOUNDED = 1 << 62
@@ -78,22 +81,26 @@ def gram_of_units(
     memory_budget: int | str | None = None,
     progress: Progress | None = None,
     usual: int | None = None,
+    memory: Memory | None = None,
 ) -> tuple[dict[str, Tensor], str]:
     """Return the Gram ``(world_size * n, world_size * n)`` of each parameter in rank order, and the engine used.
 
-    All ranks use the same engine, also where only one of them has to fall back. The engines that form no gradients
-    have nothing to exchange, so ``"auto"`` is vmap, then the loop. ``memory_budget`` is that of each rank; all of them
-    follow the plan of the least.
+    All ranks use the same engine, also where only one of them has to fall back. ``memory_budget`` is that of each rank;
+    all of them follow the plan of the least.
     """
     n, bytes_of_each, device = len(units), sizes(target.parameters.values()), target.device
     budget = agreed_budget(memory_budget, least(bytes_of_each), device)
-    engines = {"vmap": vmap.differentiator, "loop": loop.differentiator}
+    differentiators = {"vmap": vmap.differentiator, "loop": loop.differentiator}
+    memory = Memory() if memory is None else memory
     at_once = n
 
     def measured(name: str) -> dict[str, Tensor]:
+        if name == "ghost":
+            factors = on_all_ranks(lambda: ghost.unit_factors(target, units, unit_size, memory), device)
+            return _by_factors(target, factors, n, memory)
         chunk = None if name == "loop" else chunk_size or (at_once if at_once < n else None)
         made = plan(n, bytes_of_each, budget, chunk)
-        compute = repeatable(on_all_ranks(lambda: engines[name](target), device), units, made)
+        compute = repeatable(on_all_ranks(lambda: differentiators[name](target), device), units, made)
         return contract(n, lambda i, j: on_all_ranks(lambda: compute(i, j), device), made, sum(bytes_of_each), progress)
 
     with MeasuredLayers(running_statistics=unit_size == 1, dropout=dropout):
@@ -101,11 +108,25 @@ def gram_of_units(
             return measured("loop"), "loop"
         fitting = on_all_ranks(lambda: units_at_once(target, units, unit_size, usual, budget), device)
         at_once = minimum(fitting, device)
-        if engine in ("auto", "ghost") and at_once >= min(n, 2):
-            with suppress(Exception):  # whatever it was, it comes up again in the loop if it is the user's
-                return measured("vmap"), "vmap"
-        name = "vmap" if engine == "vmap" else "loop"
+        if engine == "auto":
+            needed = {"ghost": n, "vmap": min(n, 2)}
+            for name in ("vmap",) if dropout or n < 2 else ("ghost", "vmap"):  # a mask for all is not that of each
+                if at_once >= needed[name]:
+                    with suppress(Exception), untouched(target.module):  # the user's own come up again in the loop
+                        return measured(name), name
+        name = "loop" if engine == "auto" else engine
         return measured(name), name
+
+
+def _by_factors(target: Objective, factors: Factors, n: int, memory: Memory) -> dict[str, Tensor]:
+    """The Gram of each parameter over the units of all ranks, of which each rank has the factors of its own."""
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        grams = on_all_ranks(lambda: partial_grams(factors, memory.work), target.device)
+    size = world_size() * n
+    for name, p in target.parameters.items():  # another rank's
+        if name not in grams:
+            grams[name] = torch.zeros(size, size, dtype=accumulation_dtype(p), device=p.device)
+    return add_up({name: grams[name] for name in target.parameters})
 
 
 def agreed_budget(memory_budget: int | str | None, smallest: int, device: torch.device) -> int:

@@ -7,16 +7,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import distributed as dist
+from torch import nn
 from zoo import ZOO
 
-from lightning_gradconf import distributed, gradient_gram
-from lightning_gradconf.engines import vmap
+from lightning_gradconf import distributed, factors
+from lightning_gradconf.engines import loop
 from lightning_gradconf.engines.blocks import Plan
+from lightning_gradconf.engines.contraction import gram_of_sum
+from lightning_gradconf.engines.layers import MeasuredLayers
 from lightning_gradconf.engines.objective import objective
 from lightning_gradconf.units import split
 
@@ -87,20 +91,36 @@ def test_gram_over_ranks_is_that_of_all_rows(ranks, tmp_path):
         assert decisions == [0, *failed, "went on"]
 
 
-MODELS = ("transformer_encoder", "grouped_dilated_convolutions", "experts_in_one_tensor", "batchnorm")
+MODELS = (
+    *("transformer_encoder", "grouped_dilated_convolutions", "experts_in_one_tensor", "tied_embedding_and_head"),
+    *("lstm", "low_rank_adapter", "batchnorm"),
+)
 
 
 def engines_on_rank(rank: int, ranks: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    results = {}
+    results: dict[str, Any] = {}
+
+    def measure(key: str, module: nn.Module, loss_fn: Any, units: list[Any]) -> None:
+        target = objective(module, loss_fn)
+        grams, used = distributed.gram_of_units(target, units, 1, "auto", None, False)
+        with MeasuredLayers(running_statistics=True, dropout=False):
+            results[key] = grams, used, loop.unit_gradients(target, units)
+
     for name in MODELS:
         module, loss_fn, batch = ZOO[name]()
         units = split(batch, 1)
-        mine = units[rank * (len(units) // ranks) :][: len(units) // ranks]
-        results[name] = distributed.gram_of_units(objective(module, loss_fn), mine, 1, "auto", None, False)
-    vmap.differentiator = (lambda *_: 1 / 0) if rank == 1 else vmap.differentiator
-    results["broken on rank 1"] = distributed.gram_of_units(objective(module, loss_fn), mine, 1, "auto", None, False)
+        measure(name, module, loss_fn, units[rank * (len(units) // ranks) :][: len(units) // ranks])
+    torch.manual_seed(0)
+    words = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3)).double()
+    tokens = torch.arange(4 * (5 + rank)).view(4, -1) % 7  # sequences of 5 on one rank, and of 6 on the other
+    square = lambda module, x: module(x).square().mean()  # noqa: E731
+    measure("other lengths", words, square, split(tokens, 1))
+    again = lambda module, x: square(module, x) + (rank * module[1](module[0].weight[x])).mean()  # noqa: E731
+    measure("other uses", words, again if rank else square, split(tokens, 1))
+    factors.gram_of_sum = (lambda *_: 1 / 0) if rank == 1 else gram_of_sum
+    measure("broken on rank 1", words, square, split(tokens, 1))
     torch.save(results, f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -108,12 +128,12 @@ def engines_on_rank(rank: int, ranks: int, store: str, out: str) -> None:
 def test_engines_across_ranks_are_one_process_with_all_units(tmp_path):
     mp.spawn(engines_on_rank, args=(2, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    for name, (grams, used) in one.items():
-        assert used == other[name][1] == ("loop" if name == "broken on rank 1" else "vmap")
-        want = gradient_gram(*ZOO[name if name in ZOO else MODELS[-1]](), engine="loop")
-        scale = sum(want.values()).diagonal().max()
+    for name, (grams, used, rows) in one.items():
+        assert used == other[name][1] == ("vmap" if name in ("other uses", "broken on rank 1") else "ghost"), name
+        together = {key: torch.cat([row, other[name][2][key]]) for key, row in rows.items()}
+        scale = torch.cat(list(together.values()), 1).square().sum(1).max()
         for key, gram in grams.items():
-            torch.testing.assert_close(gram / scale, want[key] / scale, rtol=0, atol=1e-12)
+            torch.testing.assert_close(gram / scale, together[key] @ together[key].T / scale, rtol=0, atol=1e-12)
             assert torch.equal(gram, other[name][0][key])
 
 

@@ -12,7 +12,13 @@ from torch import nn
 from zoo import GHOST_AT_ONE, NO_GHOST, NO_VMAP, ZOO, Model, cross_entropy, oracle
 
 from lightning_gradconf import gradient_gram
-from lightning_gradconf.engines import _say_once
+from lightning_gradconf.engines import _say_once, ghost
+from lightning_gradconf.engines.contraction import Workspace, gram_of_sum
+from lightning_gradconf.engines.layers import MeasuredLayers
+from lightning_gradconf.engines.memory import Memory
+from lightning_gradconf.engines.objective import objective
+from lightning_gradconf.isolation import untouched
+from lightning_gradconf.units import split
 
 UNIT_SIZES = (1, 2, 3)
 
@@ -44,6 +50,23 @@ def test_engine_equals_the_plain_loop(name, engine, unit_size, monkeypatch):
     scale = sum(want.values()).diagonal().max().clamp_min(1e-300)  # a contrastive loss of one sample is constant
     for key, gram in got.items():
         torch.testing.assert_close(gram / scale, want[key].expand_as(gram) / scale, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("unit_size", [1, 2])
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in NO_GHOST])
+def test_factors_kept_by_ghost_make_the_gram_of_the_loop(name, unit_size, monkeypatch):
+    module, loss_fn, batch = ZOO[name]()
+    want = expected(name, unit_size, monkeypatch)
+    scale = sum(want.values()).diagonal().max().clamp_min(1e-300)
+    target, units, memory = objective(module, loss_fn), split(batch, unit_size), Memory()
+    with MeasuredLayers(running_statistics=unit_size == 1, dropout=False), untouched(module):
+        for _ in range(2):  # calibrating, and on what was found out
+            factors = ghost.unit_factors(target, units, unit_size, memory)
+            assert list(factors) == list(target.parameters), "in one order on all ranks"
+            with torch.no_grad():
+                grams = {name: gram_of_sum(parts, Workspace()) for name, parts in factors.items()}
+            for key, gram in grams.items():
+                torch.testing.assert_close(gram / scale, want[key].expand_as(gram) / scale, rtol=0, atol=1e-12)
 
 
 # ---- the contract of gradient_gram beside its numbers ----------------------------------------------------------------

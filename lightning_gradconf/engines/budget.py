@@ -93,16 +93,16 @@ def _kept(target: Objective, unit: Any) -> int:
     state = {name: p.detach().clone().requires_grad_() for name, p in target.parameters.items()}
     state |= {name: t.detach().clone() for name, t in target.constants.items()}
     own = {tensor.data_ptr() for tensor in state.values()}
-    kept: dict[int, int] = {}
+    kept: dict[int, Tensor] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> None:
+        # Not in the node, which would hold its own result and never be released.
         if tensor.data_ptr() not in own:
-            kept[tensor.data_ptr()] = tensor.nbytes
-        return tensor
+            kept[tensor.data_ptr()] = tensor.detach()
 
-    with untouched(target.module), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with untouched(target.module), torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
         target.at(state, copy_of(unit), lambda loss: None)
-    return sum(kept.values())
+    return sum(tensor.nbytes for tensor in kept.values())
 
 
 def _free_of_machine() -> int | None:

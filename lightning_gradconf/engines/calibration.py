@@ -10,6 +10,7 @@ from lightning_gradconf.engines.collector import Grams, Pass, sum_of
 from lightning_gradconf.engines.memory import Known, Memory, Route
 from lightning_gradconf.engines.objective import Objective, contract
 from lightning_gradconf.engines.one_pass import Task, measure
+from lightning_gradconf.engines.trust import Facts
 
 _GUESSES = 6
 _SAMPLES = 4
@@ -29,12 +30,17 @@ class Sample:
         return trust.fits(gram, self.grams[name], sum_of(self.grams), found.facts.epsilon, strictly)
 
 
+def proven(known: Known, facts: Facts) -> bool:
+    """Whether the graph leaves no room for the data to weigh units, so that what was calibrated holds for all."""
+    return facts.proven and facts.constants == known.constants
+
+
 def still_right(task: Task, known: Known, found: Pass) -> bool:
     """Whether what was calibrated before holds for these units too."""
     total, facts = sum_of(found.grams), found.facts
     if not all(trust.negligible(found.grams[name], total, facts.epsilon) for name in known.unseen):
         return False
-    if facts.proven and facts.constants == known.constants:
+    if proven(known, facts):
         return True
     sample = _truth(task, trust.extremes(total, found.live, 2))
     return all(

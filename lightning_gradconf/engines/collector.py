@@ -17,7 +17,7 @@ from lightning_gradconf.engines.contraction import Contribution, Dense, Rows, Wo
 from lightning_gradconf.engines.graph import Graph, Use
 from lightning_gradconf.engines.memory import Route
 from lightning_gradconf.engines.nodes import variable
-from lightning_gradconf.engines.objective import accumulation_dtype
+from lightning_gradconf.engines.objective import accumulation_dtype, empty_rows
 from lightning_gradconf.engines.rules import Units, contribution, wide
 from lightning_gradconf.engines.trust import Facts
 from lightning_gradconf.isolation import without_warnings
@@ -33,6 +33,7 @@ class Pass:
     Attributes:
         facts: About its graph.
         grams: Of the contributions to the loss of all, where a rule applies.
+        factors: What these contributions are made of, if they are kept; then there are no Grams.
         missing: Why no rule applies, for all other parameters.
         guesses: In how many places the units may lie, by parameter.
         top: Parameters with no other parameter between one of their uses and the loss.
@@ -41,6 +42,7 @@ class Pass:
 
     facts: Facts
     grams: Grams = field(default_factory=dict)
+    factors: dict[str, list[Contribution]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     guesses: dict[str, int] = field(default_factory=dict)
     top: set[str] = field(default_factory=set)
@@ -59,12 +61,20 @@ class Collector:
         routes: Of the parameters; the usual one for those that it does not name.
         work: What contractions share.
         first: Only the Grams of so many first units; None is all.
+        keep: Keep what would be contracted.
     """
 
     def __init__(
-        self, graph: Graph, facts: Facts, routes: Mapping[str, Route], work: Workspace, first: int | None = None
+        self,
+        graph: Graph,
+        facts: Facts,
+        routes: Mapping[str, Route],
+        work: Workspace,
+        first: int | None = None,
+        keep: bool = False,
     ) -> None:
         self.found = Pass(facts)
+        self._keeps = keep
         self._leaves, self._routes, self._work = graph.leaves, routes, work
         self._n = first or facts.n  # units that are measured, of those in the graph
         self._waiting = Counter(name for use in graph.uses for name in use.free.leaves)
@@ -84,7 +94,11 @@ class Collector:
         if self._pulled:
             self._pull()
         for name, leaf in self._leaves.items():
-            if name not in self.found.grams and name not in self.found.missing and self._is_wanted(name):
+            if name in self.found.grams or name in self.found.factors or name in self.found.missing:
+                continue
+            if self._is_wanted(name) and self._keeps:
+                self.found.factors[name] = [Dense(empty_rows(leaf, self._n))]
+            elif self._is_wanted(name):
                 dtype = accumulation_dtype(leaf)
                 self.found.grams[name] = torch.zeros(self._n, self._n, dtype=dtype, device=leaf.device)
 
@@ -139,7 +153,10 @@ class Collector:
             self._contract(name)
 
     def _contract(self, name: str) -> None:
-        self.found.grams[name] = gram_of_sum(self._parts.pop(name), self._work)
+        if self._keeps:
+            self.found.factors[name] = self._parts.pop(name)
+        else:
+            self.found.grams[name] = gram_of_sum(self._parts.pop(name), self._work)
 
     def _is_wanted(self, name: str) -> bool:
         return self._routes.get(name, Route()).guess is not None
@@ -172,7 +189,8 @@ class Collector:
                 if row is not None:
                     rows[name] = rows.get(name, 0) + row.reshape(self._n, -1)
         for name, row in rows.items():
-            self.found.grams[name] = (row := wide(row)) @ row.T
+            self._parts[name] = [Dense(wide(row))]
+            self._contract(name)
 
 
 def to_pull(graph: Graph) -> set[str]:

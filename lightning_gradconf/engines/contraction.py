@@ -367,10 +367,23 @@ def head(part: Contribution, n: int) -> Contribution:
             return replace(part, input=part.input[:samples], delta=part.delta[:samples], n=n)
 
 
+def scaled(part: Contribution, factor: float) -> Contribution:
+    """Return a contribution times a number."""
+    match part:
+        case Dense():
+            return Dense(part.gradients * factor)
+        case Rows():
+            return Rows(part.left * factor, part.right)
+        case Lookup():
+            return replace(part, values=part.values * factor)
+        case Patches():
+            return replace(part, delta=part.delta * factor)
+
+
 def by_blocks(part: Contribution, block: Callable[[int, int], Tensor] | None = None) -> Tensor:
     """Return the Gram from a few rows of the gradients at a time."""
     block = block or part.block
-    n, numel = _extent(part)
+    n, numel = extent(part)
     step = max(1, _BLOCK * part.major // (n * numel))
     gram: Tensor | None = None
     for lo in range(0, part.major, step):
@@ -388,8 +401,8 @@ def accumulate(gram: Tensor, rows: Tensor) -> None:
         gram[lo : lo + step, lo:].addmm_(rows[lo : lo + step], rows[lo:].T)
 
 
-def _extent(part: Contribution) -> tuple[int, int]:
-    """The number of units, and of entries of a gradient."""
+def extent(part: Contribution) -> tuple[int, int]:
+    """Return the number of units, and of entries of a gradient."""
     match part:
         case Dense():
             return part.gradients.shape[0], part.gradients.shape[1]

@@ -14,14 +14,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from lightning_gradconf.engines import loop, vmap
-from lightning_gradconf.engines.calibration import calibrate, only, still_right
-from lightning_gradconf.engines.collector import Grams, sum_of
-from lightning_gradconf.engines.memory import Memory
+from lightning_gradconf.engines.blocks import Rows
+from lightning_gradconf.engines.calibration import calibrate, only, proven, still_right
+from lightning_gradconf.engines.collector import Grams, Pass, sum_of
+from lightning_gradconf.engines.contraction import Contribution, Dense, gram_of_sum, scaled
+from lightning_gradconf.engines.memory import Known, Memory
 from lightning_gradconf.engines.objective import Objective, contract
 from lightning_gradconf.engines.one_pass import Task, measure
 
-__all__ = ["Grams", "Memory", "unit_grams"]
+__all__ = ["Grams", "Memory", "unit_factors", "unit_grams"]
 
 
 def unit_grams(
@@ -39,14 +43,52 @@ def unit_grams(
         RuntimeError: One pass over all units cannot give their gradients; the message says why.
     """
     memory = Memory() if memory is None else memory
+    task = _task(objective, units, unit_size, memory)
+    known, grams = _checked(task, memory, measure(task, memory))
+    found = {name: gram * known.routes[name].scale ** 2 for name, gram in grams.items()}
+    if rest := [name for name in objective.parameters if name not in found]:
+        found |= contract(_by_others(only(objective, rest), units))
+    return {name: found[name] for name in objective.parameters}
+
+
+def unit_factors(
+    objective: Objective, units: Sequence[Any], unit_size: int | None, memory: Memory
+) -> dict[str, list[Contribution]]:
+    """Return what the units' gradients are made of, parameter by parameter, for units of other ranks to be added.
+
+    The arguments and errors are those of `unit_grams`.
+    """
+    task = _task(objective, units, unit_size, memory)
+    kept = measure(task, memory, keep=True)
+    known = memory.known.get(kept.facts.signature)
+    if known is None or known.unseen or not proven(known, kept.facts):  # their Grams are for the checks alone
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            kept.grams = {name: gram_of_sum(parts, memory.work) for name, parts in kept.factors.items()}
+        known, grams = _checked(task, memory, kept)
+        if grams is not kept.grams:  # calibrated anew, perhaps on other routes
+            kept = measure(task, memory, keep=True)
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        found = {
+            name: [scaled(part, known.routes[name].scale) for part in kept.factors.pop(name)]
+            for name in list(kept.factors)
+        }
+    if rest := [name for name in objective.parameters if name not in found]:
+        found |= {name: [Dense(rows)] for name, rows in _by_others(only(objective, rest), units).items()}
+    return {name: found[name] for name in objective.parameters}
+
+
+def _task(objective: Objective, units: Sequence[Any], unit_size: int | None, memory: Memory) -> Task:
     if memory.refused is not None:
         raise RuntimeError(memory.refused)
     if len(units) == 1:
         raise RuntimeError("a single unit is measured as it is")
     if unit_size is None:
         raise RuntimeError("the samples of a unit cannot be told, so its place in a batch of all cannot either")
-    task = Task(objective, units, unit_size)
-    found = measure(task, memory)
+    return Task(objective, units, unit_size)
+
+
+def _checked(task: Task, memory: Memory, found: Pass) -> tuple[Known, Grams]:
+    """What is known about the graph of a pass, found out now if need be, and Grams that agree with it."""
     known, grams = memory.known.get(found.facts.signature), found.grams
     if known is None or not still_right(task, known, found):
         try:
@@ -57,15 +99,11 @@ def unit_grams(
             raise
         memory.known[found.facts.signature] = known
     known.kinds = found.facts.kinds if found.facts.proven else None
-    scaled = {name: gram * known.routes[name].scale ** 2 for name, gram in grams.items()}
-    if rest := [name for name in objective.parameters if name not in scaled]:
-        scaled |= _by_others(only(objective, rest), units)
-    return {name: scaled[name] for name in objective.parameters}
+    return known, grams
 
 
-def _by_others(objective: Objective, units: Sequence[Any]) -> Grams:
+def _by_others(objective: Objective, units: Sequence[Any]) -> Rows:
     try:
-        rows = vmap.unit_gradients(objective, units)
+        return vmap.unit_gradients(objective, units)
     except Exception:
-        rows = loop.unit_gradients(objective, units)
-    return contract(rows)
+        return loop.unit_gradients(objective, units)

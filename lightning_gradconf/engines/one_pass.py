@@ -30,8 +30,10 @@ class Task:
     unit_size: int
 
 
-def measure(task: Task, memory: Memory, routes: dict[str, Route] | None = None) -> Pass:
+def measure(task: Task, memory: Memory, routes: dict[str, Route] | None = None, keep: bool = False) -> Pass:
     """Return what one pass over all units brings, on the given routes or those that are remembered.
+
+    With ``keep``, that has the factors of the units' gradients too.
 
     Raises:
         RuntimeError: Units mix in a way that can be seen from the graph, or may go different ways.
@@ -56,7 +58,7 @@ def measure(task: Task, memory: Memory, routes: dict[str, Route] | None = None) 
             if (carrier := trust.carries_between_units(graph, n, k)) is not None:
                 raise RuntimeError(f"{carrier} may carry values from one unit to another, depending on the data")
             trust.equalise(graph, n)
-            collector = Collector(graph, facts, chosen, memory.work)
+            collector = Collector(graph, facts, chosen, memory.work, keep=keep)
         _run(loss, graph.bottom, collector)
         return collector.found
 
