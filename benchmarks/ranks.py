@@ -1,0 +1,69 @@
+"""Time of a measurement on two ranks over that of one ordinary forward and backward pass of a rank's samples.
+
+    python benchmarks/ranks.py [--workloads mlp gpt] [--ranks 2] [--rounds 3]
+
+gloo processes with one thread each, on as many cores; the Gram is that of all ranks' units. The first measurement,
+which calibrates, is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+from speed import MAIN, ordinary
+from torch import distributed as dist
+from workloads import build
+
+from lightning_gradconf import distributed
+from lightning_gradconf.engines.memory import Memory
+from lightning_gradconf.engines.objective import objective
+from lightning_gradconf.units import split
+
+ENGINES = ("ghost", "vmap")
+
+
+def measure(rank: int, ranks: int, store: str, workloads: list[str], rounds: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    for name in workloads:
+        work, memory = build(name), Memory()
+        target, units = objective(work.model, work.loss), split(work.batch, work.unit_size)
+
+        def across(engine: str, work=work, target=target, units=units, memory=memory):
+            return distributed.gram_of_units(target, units, work.unit_size, engine, None, False, memory=memory)
+
+        methods = {"ordinary": ordinary(work), **{engine: lambda engine=engine: across(engine) for engine in ENGINES}}
+        times: dict[str, list[float]] = {method: [] for method in methods}
+        for i in range(rounds + 1):
+            for method, run in methods.items():
+                dist.barrier()
+                start = time.perf_counter()
+                run()
+                if i:
+                    times[method].append(time.perf_counter() - start)
+        if rank == 0:
+            medians = {method: statistics.median(of) for method, of in times.items()}
+            ratios = "  ".join(f"{engine} {medians[engine] / medians['ordinary']:.2f}" for engine in ENGINES)
+            print(f"{name:10s} ordinary {1000 * medians['ordinary']:.0f} ms  {ratios}", flush=True)
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", nargs="+", default=list(MAIN))
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder, "store"))
+        mp.spawn(measure, (options.ranks, store, options.workloads, options.rounds), nprocs=options.ranks)
+
+
+if __name__ == "__main__":
+    main()
