@@ -56,13 +56,12 @@ def partial_grams(factors: Factors, work: Workspace) -> dict[str, Tensor]:
     failed: Exception | None = None
     for i, name in enumerate(list(factors)):
         owner = i % ranks
-        of_ranks = [
+        parts = [
             _gathered(part, [one[name][j] for one in described], owner) for j, part in enumerate(factors.pop(name))
         ]
-        parts = [part for part in of_ranks if part is not None]
         if owner == rank and failed is None:
             try:
-                grams[name] = gram_of_sum(parts, work)
+                grams[name] = gram_of_sum([_joined(part, of_ranks) for part, of_ranks in parts], work)
             except Exception as error:  # the others wait for this rank in the exchanges to come
                 failed = error
     if failed is not None:
@@ -88,8 +87,8 @@ def _without_rows(described: Mapping[str, Sequence[Any]]) -> Any:
     return [(name, [fixed(*part) for part in parts]) for name, parts in described.items()]
 
 
-def _gathered(part: Contribution, described: Sequence[Any], owner: int) -> Contribution | None:
-    """The contribution of all ranks' units in rank order, on the owner alone."""
+def _gathered(part: Contribution, described: Sequence[Any], owner: int) -> tuple[Contribution, dict[str, list[Tensor]]]:
+    """A contribution as it is sent, and its tensors of all ranks in rank order; those on the owner alone."""
     ways = _TENSORS[type(part)]
     rows = {
         field: max(shapes[field][1][way[1]] for _, shapes in described)
@@ -99,19 +98,22 @@ def _gathered(part: Contribution, described: Sequence[Any], owner: int) -> Contr
     tensors = {field: _filled(getattr(part, field), way[1], rows.get(field)) for field, way in ways.items()}
     n, numel = extent(part)
     if sum(tensor.numel() for tensor in tensors.values()) > n * numel:  # the same on all ranks, as shapes are now
-        part, ways = Dense(whole(part)), _TENSORS[Dense]
+        part = Dense(whole(part))
         tensors = {"gradients": part.gradients}
-    found: dict[str, Any] = {}
+    of_ranks: dict[str, list[Tensor]] = {}
     for field, tensor in tensors.items():
         here = tensor.contiguous()
-        parts = [torch.empty_like(here) for _ in described] if dist.get_rank() == owner else None
-        dist.gather(here, parts, dst=owner)
-        if parts is not None:
-            found[field] = torch.cat(parts, ways[field][0])
-    if not found:
-        return None
+        of_ranks[field] = [torch.empty_like(here) for _ in described] if dist.get_rank() == owner else []
+        dist.gather(here, of_ranks[field] or None, dst=owner)
+    return part, of_ranks
+
+
+def _joined(part: Contribution, of_ranks: Mapping[str, list[Tensor]]) -> Contribution:
+    """The contribution of the units of all ranks."""
+    ways = _TENSORS[type(part)]
+    found: dict[str, Any] = {field: torch.cat(tensors, ways[field][0]) for field, tensors in of_ranks.items()}
     if isinstance(part, Patches):
-        found["n"] = n * len(described)
+        found["n"] = part.n * dist.get_world_size()
     return replace(part, **found)
 
 
