@@ -8,7 +8,6 @@ memory budget is computed and sent again, block by block (`engines.blocks`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from lightning_gradconf.engines import ghost, loop, vmap
+from lightning_gradconf.engines import ghost, loop, reason, say_why, vmap
 from lightning_gradconf.engines.blocks import Plan, Progress, Rows, blockwise, least, plan, repeatable
 from lightning_gradconf.engines.budget import bytes_for_gradients, units_at_once
 from lightning_gradconf.engines.layers import MeasuredLayers
@@ -108,14 +107,23 @@ def gram_of_units(
             return measured("loop"), "loop"
         fitting = on_all_ranks(lambda: units_at_once(target, units, unit_size, usual, budget), device)
         at_once = minimum(fitting, device)
+        name, reasons = engine, list[str]()
         if engine == "auto":
-            needed = {"ghost": n, "vmap": min(n, 2)}
-            for name in ("vmap",) if dropout or n < 2 else ("ghost", "vmap"):  # a mask for all is not that of each
-                if at_once >= needed[name]:
-                    with suppress(Exception), untouched(target.module):  # the user's own come up again in the loop
-                        return measured(name), name
-        name = "loop" if engine == "auto" else engine
-        return measured(name), name
+            name, needed = "loop", {"ghost": n, "vmap": min(n, 2)}
+            for faster in ("vmap",) if dropout or n < 2 else ("ghost", "vmap"):  # a mask for all is not that of each
+                if at_once < needed[faster]:
+                    reasons.append(f"{faster}: a pass of several units does not fit the memory budget")
+                    continue
+                try:
+                    with untouched(target.module):
+                        grams = measured(faster)
+                    say_why(target, faster, reasons)
+                    return grams, faster
+                except Exception as error:  # the user's own comes up again in the loop
+                    reasons.append(reason(faster, error))
+        grams = measured(name)
+        say_why(target, name, reasons)
+        return grams, name
 
 
 def _by_factors(target: Objective, factors: Factors, n: int, memory: Memory) -> dict[str, Tensor]:

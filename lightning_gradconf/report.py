@@ -50,6 +50,11 @@ class Measurement:
         """The Gram ``(n, n)`` of the whole gradients, on the CPU."""
         return torch.stack(list(self.grams.values())).sum(0).cpu()
 
+    @cached_property
+    def cosines(self) -> Tensor:
+        """The cosines of all pairs, ``(m,)``; none if a gradient is not finite."""
+        return pairwise_cosines(self.gram) if bool(self.gram.isfinite().all()) else self.gram.new_empty(0)
+
 
 class Pair(NamedTuple):
     """Two units of one measurement.
@@ -125,7 +130,7 @@ class Report:
 
     def figures_of(self, measured: Measurement, pairs: Sequence[Pair]) -> dict[str, Figure]:
         """Return the figures of a measurement by their names; none of one without any cosine."""
-        return dict(self._figures_of(measured, pairs)) if _has_cosines(measured) else {}
+        return dict(self._figures_of(measured, pairs)) if len(measured.cosines) else {}
 
     def _figures_of(self, measured: Measurement, pairs: Sequence[Pair]) -> Iterator[tuple[str, Figure]]:
         if self.figures:
@@ -142,13 +147,12 @@ class Report:
 
     def show(self, logger: Any, measured: Measurement, figures: Mapping[str, Figure], pairs: Sequence[Pair]) -> None:
         """Send the pictures and tables of a measurement to a logger that can show them."""
-        if not _has_cosines(measured):
+        if not len(measured.cosines):
             return
         if self.histogram:
-            cosines = pairwise_cosines(measured.gram)
-            show_histogram(logger, f"{self.prefix}/cosines", cosines, measured.step)
+            show_histogram(logger, f"{self.prefix}/cosines", measured.cosines, measured.step)
             if kind(logger) == "TensorBoardLogger":
-                add_band(logger.experiment, self.prefix, cosines, measured.step)
+                add_band(logger.experiment, self.prefix, measured.cosines, measured.step)
         for name, figure in figures.items():
             show_figure(logger, f"{self.prefix}/{name}", figure, measured.step)
         if pairs:
@@ -161,10 +165,6 @@ class Report:
         figure = plots.plot_layers(self._of_layers, self._steps)
         for logger in loggers:
             show_figure(logger, f"{self.prefix}/layers", figure, self._steps[-1])
-
-
-def _has_cosines(measured: Measurement) -> bool:
-    return bool(measured.gram.isfinite().all()) and len(pairwise_cosines(measured.gram)) > 0
 
 
 def _layers(names: list[str], per_layer: bool | int) -> dict[str, list[str]]:

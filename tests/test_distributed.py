@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging.handlers
 import os
 import subprocess
 import sys
@@ -101,12 +102,17 @@ def engines_on_rank(rank: int, ranks: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     results: dict[str, Any] = {}
+    said = logging.handlers.BufferingHandler(100)
+    logging.getLogger("lightning_gradconf").setLevel(logging.INFO)
+    logging.getLogger("lightning_gradconf").addHandler(said)
 
     def measure(key: str, module: nn.Module, loss_fn: Any, units: list[Any]) -> None:
         target = objective(module, loss_fn)
         grams, used = distributed.gram_of_units(target, units, 1, "auto", None, False)
+        why = [record.getMessage() for record in said.buffer]
+        said.flush()
         with MeasuredLayers(running_statistics=True, dropout=False):
-            results[key] = grams, used, loop.unit_gradients(target, units)
+            results[key] = grams, used, loop.unit_gradients(target, units), why
 
     for name in MODELS:
         module, loss_fn, batch = ZOO[name]()
@@ -128,8 +134,11 @@ def engines_on_rank(rank: int, ranks: int, store: str, out: str) -> None:
 def test_engines_across_ranks_are_one_process_with_all_units(tmp_path):
     mp.spawn(engines_on_rank, args=(2, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    for name, (grams, used, rows) in one.items():
+    assert "the ranks use their parameters in different ways" in one["other uses"][3][0]
+    assert "ZeroDivisionError" in other["broken on rank 1"][3][0] and "another rank" in one["broken on rank 1"][3][0]
+    for name, (grams, used, rows, why) in one.items():
         assert used == other[name][1] == ("vmap" if name in ("other uses", "broken on rank 1") else "ghost"), name
+        assert bool(why) == (used == "vmap"), "a fall-back is said, with its reason"
         together = {key: torch.cat([row, other[name][2][key]]) for key, row in rows.items()}
         scale = torch.cat(list(together.values()), 1).square().sum(1).max()
         for key, gram in grams.items():

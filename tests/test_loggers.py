@@ -188,8 +188,6 @@ FIGURES = {"heatmap", "density", "classes", "layers"}
 STEPS = [0, 1, 3]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-@pytest.mark.filterwarnings("ignore:.*anonymous setting|.*maintenance|.*filesystem:FutureWarning")
 def test_each_logger_gets_what_it_can_show(everywhere):
     keys = {f"{PREFIX}/{name}" for name in everywhere["last"]}
     layers = {f"{PREFIX}/min_cosine/weight", f"{PREFIX}/min_cosine/bias"}

@@ -152,15 +152,25 @@ def gram_of_units(
             except Exception as error:
                 if name == "loop" or engine != "auto":
                     raise
-                reasons.append(f"{name}: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}")
-    if reasons:  # only now: an error that is the user's own has come up again in the loop
-        _say_once(
-            f"{type(target.module).__name__} is measured with engine={name!r}, as faster ones do not apply "
-            f"({'; '.join(reasons)}). Pass engine={name!r} to choose this without trying."
-        )
+                reasons.append(reason(name, error))
+    say_why(target, name, reasons)  # only now: an error that is the user's own has come up again in the loop
     if memory is not None:
         memory.engine = name
     return grams, name
+
+
+def reason(engine: str, error: Exception) -> str:
+    """Return why an engine does not apply, in a few words."""
+    return f"{engine}: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
+
+
+def say_why(target: Objective, engine: str, reasons: Sequence[str]) -> None:
+    """Say, once for all measurements, why not a faster engine than this one."""
+    if reasons:
+        _say_once(
+            f"{type(target.module).__name__} is measured with engine={engine!r}, as faster ones do not apply "
+            f"({'; '.join(reasons)}). Pass engine={engine!r} to choose this without trying."
+        )
 
 
 @lru_cache(maxsize=256)
