@@ -23,6 +23,7 @@ from workloads import build
 from lightning_gradconf import distributed
 from lightning_gradconf.engines.memory import Memory
 from lightning_gradconf.engines.objective import objective
+from lightning_gradconf.ranks import joined
 from lightning_gradconf.units import split
 
 ENGINES = ("ghost", "vmap")
@@ -31,12 +32,15 @@ ENGINES = ("ghost", "vmap")
 def measure(rank: int, ranks: int, store: str, workloads: list[str], rounds: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    together = joined(torch.device("cpu"))
     for name in workloads:
         work, memory = build(name), Memory()
         target, units = objective(work.model, work.loss), split(work.batch, work.unit_size)
 
         def across(engine: str, work=work, target=target, units=units, memory=memory):
-            return distributed.gram_of_units(target, units, work.unit_size, engine, None, False, memory=memory)
+            return distributed.gram_of_units(
+                together, target, units, work.unit_size, engine, None, False, memory=memory
+            )
 
         methods = {"ordinary": ordinary(work), **{engine: lambda engine=engine: across(engine) for engine in ENGINES}}
         times: dict[str, list[float]] = {method: [] for method in methods}

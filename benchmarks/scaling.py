@@ -33,6 +33,7 @@ from lightning_gradconf import gradient_gram
 from lightning_gradconf.distributed import gram_of_units
 from lightning_gradconf.engines.blocks import plan
 from lightning_gradconf.engines.objective import objective, sizes
+from lightning_gradconf.ranks import joined
 from lightning_gradconf.units import split
 
 ENGINES = ("ghost", "vmap", "loop")
@@ -103,17 +104,17 @@ def on_rank(rank: int, ranks: int, folder: str, n: int, share: float | None) -> 
     p = sum(parameter.numel() for parameter in model.parameters())
     generator = torch.Generator().manual_seed(rank)
     units = split((torch.randn(n, 64, generator=generator), torch.arange(n) % 10), 1)
-    target = objective(model, loss_of)
+    target, together = objective(model, loss_of), joined(torch.device("cpu"))
     budget = None if share is None else int(share * n * p * 4)
     sent = []
     exchange = dist.all_to_all_single
 
-    def counted(output: torch.Tensor, mine: torch.Tensor) -> None:
+    def counted(output: torch.Tensor, mine: torch.Tensor, group: dist.ProcessGroup) -> None:
         sent.append(mine.nbytes * (ranks - 1) // ranks)  # a rank keeps its own part
-        exchange(output, mine)
+        exchange(output, mine, group=group)
 
     dist.all_to_all_single = counted
-    seconds, megabytes = measured(lambda: gram_of_units(target, units, 1, "loop", None, False, budget))
+    seconds, megabytes = measured(lambda: gram_of_units(together, target, units, 1, "loop", None, False, budget))
     passes = n if budget is None else plan(n, sizes(model.parameters()), budget).passes
     result = {"seconds": seconds, "megabytes": megabytes, "sent": sum(sent) / (REPEATS + 2) / 1e6, "parameters": p}
     Path(folder, f"{rank}.json").write_text(json.dumps(result | {"passes": passes}))

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 
 from lightning_gradconf import distributed, sampling, sharded
 from lightning_gradconf._lightning import Callback, MisconfigurationException, warn
-from lightning_gradconf.distributed import gather, minimum, on_all_ranks, world_size
 from lightning_gradconf.engines import Engine, gram_of_units
 from lightning_gradconf.engines.budget import bytes_of
 from lightning_gradconf.engines.ghost import Memory
@@ -31,6 +30,7 @@ from lightning_gradconf.probe import (
     step_loss,
 )
 from lightning_gradconf.progress import shown
+from lightning_gradconf.ranks import Ranks, joined
 from lightning_gradconf.report import Measurement, Pair, Report
 from lightning_gradconf.riding import Rider
 from lightning_gradconf.sampling import Unit
@@ -242,6 +242,7 @@ class GradientConfusionCallback(Callback):
         )
         self._measured_at: int | None = None
         self._memory: Memory | None = None
+        self._ranks = Ranks(torch.device("cpu"))
         self._sharded = False
         self._rider: Rider | None = None
         self._riding: tuple[int, list[Unit]] | None = None
@@ -265,13 +266,15 @@ class GradientConfusionCallback(Callback):
         if reason is None and self.every_n_epochs is None and self._every(trainer) == 0:
             reason = "Trainer(log_every_n_steps=0) means never; pass every_n_train_steps= to measure"
         self._enabled = reason is None
+        if reason is None and trainer.world_size > 1:
+            self._ranks = joined(pl_module.device, getattr(trainer.strategy, "_timeout", None))
         if reason is not None:
             self._warn_once(f"measures nothing in this run. {reason}.")
         elif self._sharded and (self.labels is not None or self.top_pairs):
             self._warn_once("labels= and top_pairs= say nothing in this run: with FSDP a unit spans all ranks.")
         elif self.reuse_backward:
             refused = reason_not_to_ride(pl_module, self.loss_fn)
-            self._rider = Rider(self._memory, int(self.unit_size), self.parameters, refused)
+            self._rider = Rider(self._ranks, self._memory, int(self.unit_size), self.parameters, refused)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure the weights before the step of this batch, if it is time."""
@@ -285,7 +288,7 @@ class GradientConfusionCallback(Callback):
             self._guarded(lambda: self._board(trainer, batch, batch_idx))
             return
         self._source.see(trainer, batch, batch_idx, due)
-        if due and (self._n is not None or minimum(self._source.ready(), pl_module.device)):
+        if due and (self._n is not None or self._ranks.minimum(self._source.ready())):
             self._guarded(lambda: self._measure(trainer, pl_module, batch, batch_idx))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -325,6 +328,7 @@ class GradientConfusionCallback(Callback):
         if self._enabled and trainer.global_rank == 0:
             self._guarded(lambda: self._conclude(trainer), logging=True)
         self._source.forget()
+        self._ranks.leave()
         self._memory = self._rider = None
 
     def _every(self, trainer: Trainer) -> int:
@@ -338,7 +342,7 @@ class GradientConfusionCallback(Callback):
     # ---- what -------------------------------------------------------------------------------------------------------
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        step, device = _step(trainer), pl_module.device
+        step = _step(trainer)
         self._pending = True  # until there is a measurement
         if self._sharded:
             sharded.rest(pl_module)
@@ -353,23 +357,23 @@ class GradientConfusionCallback(Callback):
             return found, self._classes(found)
 
         with no_trace(trainer, pl_module, *self._source.drawn_from(trainer)):
-            prepared = on_all_ranks(prepare, device)
-            n = minimum(-1 if prepared is None else len(prepared[0]), device)
+            prepared = self._ranks.on_all(prepare)
+            n = self._ranks.minimum(-1 if prepared is None else len(prepared[0]))
             if prepared is None or n < 0:  # the module skips this batch
                 return
             units, classes = prepared[0][-n:], prepared[1][-n:]
-            if enough := n >= (self._n or (1 if world_size() > 1 and not self._sharded else 2)):
+            if enough := n >= (self._n or (1 if self._ranks.size > 1 and not self._sharded else 2)):
                 unit_size = sampling.size_of(units[0].batch)
                 target = objective(pl_module, loss, self.parameters)
                 how = (target, [unit.batch for unit in units], unit_size)
                 grams, used = self._grams(trainer, *how, sampling.size_of(batch))
                 if self._rider is not None and any(given):
                     self._rider.try_out(target, batch, n if used == "ghost" else 0)
-        if before and not self._verified(before, digests(trainer, pl_module), device):
+        if before and not self._verified(before, digests(trainer, pl_module)):
             return
         if not enough:
             return self._too_few(n)
-        if minimum(not any(given), device):  # training_step skips this batch
+        if self._ranks.minimum(not any(given)):  # training_step skips this batch
             return
         if used == "loop":  # do not try again what failed
             self._engine = used
@@ -378,7 +382,7 @@ class GradientConfusionCallback(Callback):
         self._measured_at = step
         self._failures = 0
         if self._sharded:  # a unit has such a part on each rank
-            unit_size = None if unit_size is None else unit_size * world_size()
+            unit_size = None if unit_size is None else unit_size * self._ranks.size
         measured = self._described(trainer, Measurement(grams, unit_size, step), units, classes)
         self._guarded(lambda: self._log(trainer, pl_module, measured), logging=True)
 
@@ -391,17 +395,17 @@ class GradientConfusionCallback(Callback):
                 "dropout": self.dropout, "memory_budget": self.memory_budget, "progress": progress,
             }  # fmt: skip
             if self._sharded:
-                return sharded.gram_of_units(target, batches, unit_size, **options), "loop"
+                return sharded.gram_of_units(self._ranks, target, batches, unit_size, **options), "loop"
             how = (target, batches, unit_size, self._engine, self.chunk_size)
-            if world_size() > 1:
-                return distributed.gram_of_units(*how, **options, usual=usual, memory=self._memory)
+            if self._ranks.size > 1:
+                return distributed.gram_of_units(self._ranks, *how, **options, usual=usual, memory=self._memory)
             return gram_of_units(*how, **options, usual=usual, memory=self._memory)
 
     def _board(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
         """Keep what is to be told of the units that a ride measures, before training_step may write to them."""
         told = self.top_pairs > 0 or self.labels is not None
-        units = sampling.units_of(batch, batch_idx, self.unit_size, self._n) if told else []
-        self._riding = (_step(trainer), units)
+        cut = partial(sampling.units_of, batch, batch_idx, self.unit_size, self._n)
+        self._riding = (_step(trainer), self._ranks.on_all(cut) if told else [])
 
     def _arrive(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was measured on the way, at the step whose weights it belongs to."""
@@ -420,7 +424,7 @@ class GradientConfusionCallback(Callback):
             return
         self._pending, self._measured_at, self._failures = False, step, 0
         with no_trace(trainer, pl_module) if self.labels is not None else nullcontext():
-            classes = self._classes(units)
+            classes = self._ranks.on_all(lambda: self._classes(units))
         measured = self._described(trainer, Measurement(grams, int(self.unit_size), step), units, classes)
         self._guarded(lambda: self._log(trainer, pl_module, measured), logging=True)
 
@@ -433,11 +437,11 @@ class GradientConfusionCallback(Callback):
         if self._sharded:
             return measured
         if self.labels is not None:
-            measured = replace(measured, labels=torch.tensor(gather(classes)))
+            measured = replace(measured, labels=torch.tensor(self._ranks.gather(classes)))
         if self.top_pairs > 0:
-            alone = world_size() == 1
+            alone = self._ranks.size == 1
             rank = None if alone else trainer.global_rank
-            origins = gather([unit.origin._replace(rank=rank) for unit in units])
+            origins = self._ranks.gather([unit.origin._replace(rank=rank) for unit in units])
             # Images of other ranks would have to travel.
             measured = replace(measured, origins=origins, units=[unit.batch for unit in units] if alone else ())
         return measured
@@ -498,10 +502,10 @@ class GradientConfusionCallback(Callback):
 
     # ---- when it goes wrong -----------------------------------------------------------------------------------------
 
-    def _verified(self, before: dict[str, bytes], after: dict[str, bytes], device: torch.device) -> bool:
+    def _verified(self, before: dict[str, bytes], after: dict[str, bytes]) -> bool:
         """Whether the first measurement left no trace; the callback switches itself off if it did."""
         changed = [name for name in before if before[name] != after.get(name)]
-        self._enabled = bool(minimum(not changed, device))
+        self._enabled = bool(self._ranks.minimum(not changed))
         if not self._enabled:
             self._warn_once(
                 f"the first measurement changed {', '.join(changed) or 'something on another rank'}; it measures "

@@ -25,6 +25,7 @@ from lightning_gradconf.engines.contraction import (
     gram_of_sum,
     whole,
 )
+from lightning_gradconf.ranks import Ranks
 
 Factors = dict[str, list[Contribution]]
 # The tensors of each kind: along which dimension units lie, and rows that may be filled up with zeros.
@@ -36,10 +37,11 @@ _TENSORS: dict[type, dict[str, tuple[int, int | None]]] = {
 }
 
 
-def partial_grams(factors: Factors, work: Workspace) -> dict[str, Tensor]:
+def partial_grams(ranks: Ranks, factors: Factors, work: Workspace) -> dict[str, Tensor]:
     """Return this rank's part of the Gram ``(ranks * n, ranks * n)`` of each parameter; the ranks' parts add up.
 
     Args:
+        ranks: That measure.
         factors: What each parameter's gradients of this rank's n units are made of.
         work: What contractions share.
 
@@ -47,21 +49,20 @@ def partial_grams(factors: Factors, work: Workspace) -> dict[str, Tensor]:
         RuntimeError: On all ranks, if they differ in how their parameters are used.
         Exception: What the contraction of one rank's parameters raises, on that rank, after all exchanges.
     """
-    ranks, rank = dist.get_world_size(), dist.get_rank()
-    described: list[Any] = [None] * ranks
-    dist.all_gather_object(described, {name: [_shapes(part) for part in parts] for name, parts in factors.items()})
+    described = ranks.gather([{name: [_shapes(part) for part in parts] for name, parts in factors.items()}])
     if any(_without_rows(one) != _without_rows(described[0]) for one in described):
         raise RuntimeError("the ranks use their parameters in different ways")
     grams: dict[str, Tensor] = {}
     failed: Exception | None = None
     for i, name in enumerate(list(factors)):
-        owner = i % ranks
+        owner = i % ranks.size
         parts = [
-            _gathered(part, [one[name][j] for one in described], owner) for j, part in enumerate(factors.pop(name))
+            _gathered(ranks, part, [one[name][j] for one in described], owner)
+            for j, part in enumerate(factors.pop(name))
         ]
-        if owner == rank and failed is None:
+        if owner == ranks.rank and failed is None:
             try:
-                grams[name] = gram_of_sum([_joined(part, of_ranks) for part, of_ranks in parts], work)
+                grams[name] = gram_of_sum([_joined(part, of_ranks, ranks.size) for part, of_ranks in parts], work)
             except Exception as error:  # the others wait for this rank in the exchanges to come
                 failed = error
     if failed is not None:
@@ -87,7 +88,9 @@ def _without_rows(described: Mapping[str, Sequence[Any]]) -> Any:
     return [(name, [fixed(*part) for part in parts]) for name, parts in described.items()]
 
 
-def _gathered(part: Contribution, described: Sequence[Any], owner: int) -> tuple[Contribution, dict[str, list[Tensor]]]:
+def _gathered(
+    ranks: Ranks, part: Contribution, described: Sequence[Any], owner: int
+) -> tuple[Contribution, dict[str, list[Tensor]]]:
     """A contribution as it is sent, and its tensors of all ranks in rank order; those on the owner alone."""
     ways = _TENSORS[type(part)]
     rows = {
@@ -103,17 +106,17 @@ def _gathered(part: Contribution, described: Sequence[Any], owner: int) -> tuple
     of_ranks: dict[str, list[Tensor]] = {}
     for field, tensor in tensors.items():
         here = tensor.contiguous()
-        of_ranks[field] = [torch.empty_like(here) for _ in described] if dist.get_rank() == owner else []
-        dist.gather(here, of_ranks[field] or None, dst=owner)
+        of_ranks[field] = [torch.empty_like(here) for _ in described] if ranks.rank == owner else []
+        dist.gather(here, of_ranks[field] or None, dst=owner, group=ranks.group)
     return part, of_ranks
 
 
-def _joined(part: Contribution, of_ranks: Mapping[str, list[Tensor]]) -> Contribution:
+def _joined(part: Contribution, of_ranks: Mapping[str, list[Tensor]], ranks: int) -> Contribution:
     """The contribution of the units of all ranks."""
     ways = _TENSORS[type(part)]
     found: dict[str, Any] = {field: torch.cat(tensors, ways[field][0]) for field, tensors in of_ranks.items()}
     if isinstance(part, Patches):
-        found["n"] = part.n * dist.get_world_size()
+        found["n"] = part.n * ranks
     return replace(part, **found)
 
 

@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_gradconf import sharded
 from lightning_gradconf._lightning import lightning_modules, namespace
-from lightning_gradconf.distributed import world_size
 from lightning_gradconf.isolation import random_states, restore_mapping, untouched, without_warnings
 
 if TYPE_CHECKING:
@@ -154,8 +153,6 @@ def reason_not_to_measure(trainer: Trainer, module: LightningModule, loss_fn: St
 
 def reason_not_to_ride(module: LightningModule, loss_fn: StepLoss | None) -> str | None:
     """Return why the backward pass of a training step cannot be read, None if it may be."""
-    if world_size() > 1:
-        return "on several ranks the units of a batch are spread over them"
     if loss_fn is not None and module.automatic_optimization:
         return "with loss_fn= the loss in training is another one"
     return None

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lightning_gradconf.distributed import gram_of_factors
 from lightning_gradconf.engines import ghost
 from lightning_gradconf.engines.layers import MeasuredLayers
 from lightning_gradconf.engines.objective import Objective, objective
 from lightning_gradconf.engines.ride import Ride, board, root_of
+from lightning_gradconf.factors import Factors
 from lightning_gradconf.isolation import untouched
+from lightning_gradconf.ranks import Ranks
 from lightning_gradconf.units import copy_of, num_samples, split
 
 if TYPE_CHECKING:
@@ -25,17 +28,22 @@ class Rider:
     """Decides at each step that is measured whether to ride or to take a pass of its own.
 
     A batch size is ridden on only after a batch of this size was measured in a pass of its own, all units at once, and
-    the training step on that same batch was seen to have the graph of that pass.
+    the training step on that same batch was seen to have the graph of that pass. On several ranks all of them ride, or
+    none.
 
     Args:
+        ranks: That measure.
         memory: What measurements in passes of their own have found out.
         unit_size: Samples in a unit.
         parameters: Patterns of names.
         refused: Why this run cannot be ridden on, if that is known already.
     """
 
-    def __init__(self, memory: ghost.Memory, unit_size: int, parameters: Any, refused: str | None) -> None:
-        self.memory, self.unit_size, self.parameters = memory, unit_size, parameters
+    def __init__(
+        self, ranks: Ranks, memory: ghost.Memory, unit_size: int, parameters: Any, refused: str | None
+    ) -> None:
+        self.ranks, self.memory = ranks, memory
+        self.unit_size, self.parameters = unit_size, parameters
         self._sizes: set[int] = set()  # of the batches that can be ridden on
         self._size: int | None = None  # of the batch at hand, while its backward pass is waited for
         self._first: int | None = None  # how many units to measure in it; None is only to see whether it could be done
@@ -67,16 +75,23 @@ class Rider:
     def expect(self, batch: Any, n: int | None) -> bool:
         """Whether the coming backward pass can be ridden on to measure n units of the batch."""
         self.leave()
-        if self._off or n is None or not self._sizes:
+        if n is None:
             return False
-        try:
-            size = num_samples(batch)
-        except ValueError:
-            return False
-        if size not in self._sizes or size // self.unit_size < n:
+        size = self._size_to_ride_on(batch, n)
+        if not self.ranks.minimum(size is not None):
             return False
         self._size, self._first = size, n
         return True
+
+    def _size_to_ride_on(self, batch: Any, n: int) -> int | None:
+        """How many samples the batch has, None if it is not for this rank to ride on."""
+        if self._off or not self._sizes:
+            return None
+        try:
+            size = num_samples(batch)
+        except ValueError:
+            return None
+        return size if size in self._sizes and size // self.unit_size >= n else None
 
     def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
         """Get on, if this is the backward pass that is waited for."""
@@ -88,7 +103,8 @@ class Rider:
             root = root_of(loss, divided_by, getattr(trainer.precision_plugin, "scaler", None) is not None)
             parameters = objective(module, lambda *_: loss, self.parameters).parameters
             first = self._first or self._size // self.unit_size
-            self._ride = board(root, parameters, self._size, self.unit_size, first, self.memory)
+            keep = self.ranks.size > 1
+            self._ride = board(root, parameters, self._size, self.unit_size, first, self.memory, keep)
             if self._first is not None:
                 self._ride.listen(root)
         except Exception as error:
@@ -100,15 +116,15 @@ class Rider:
             self._ride.leave()
 
     def result(self) -> ghost.Grams | None:
-        """Return what was measured in the step that has ended, None if nothing was."""
+        """Return what was measured in the step that has ended on all ranks, None if nothing was."""
         size, first, ride, reason = self._size, self._first, self._ride, self._reason
         self.leave()
         if size is None:
             return None
         grams = None
-        if ride is not None and first is not None:
+        if first is not None:
             try:
-                grams = ride.grams()
+                grams = self._grams(ride, first, reason)
             except Exception as error:
                 reason = _in_words(error)
         if first is None:
@@ -124,6 +140,19 @@ class Rider:
             if self._missed == _MAX_MISSED:
                 self._give_up(reason)
         return grams
+
+    def _grams(self, ride: Ride | None, n: int, reason: str | None) -> ghost.Grams | None:
+        if self.ranks.size == 1:
+            return None if ride is None else ride.grams()
+
+        def factors() -> Factors:
+            if ride is None:
+                raise RuntimeError(reason or "the step had no backward pass")
+            return ride.factors()
+
+        found = self.ranks.on_all(factors)
+        assert ride is not None
+        return gram_of_factors(self.ranks, ride.parameters, found, n, self.memory.work)
 
     def leave(self) -> None:
         """Forget the step at hand."""

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from lightning_gradconf.distributed import add_up, agreed_budget, on_all_ranks, world_size
+from lightning_gradconf.distributed import agreed_budget
 from lightning_gradconf.engines.blocks import Progress, Rows, blockwise, least, plan, repeatable
 from lightning_gradconf.engines.layers import MeasuredLayers
 from lightning_gradconf.engines.objective import Objective, as_rows, checked, empty_rows, run_backward, sizes
+from lightning_gradconf.ranks import Ranks
 from lightning_gradconf.units import copy_of
 
 
@@ -41,7 +42,8 @@ def reason_not_to_measure(module: nn.Module) -> str | None:
             continue
         if id(p) not in managed or not isinstance(p, DTensor):
             return f"parameter {name!r} is not sharded by fully_shard, so no gradient is that of all ranks' samples"
-        if p.device_mesh.ndim != 1 or p.device_mesh.size() != world_size() or not isinstance(p.placements[0], Shard):
+        mesh = p.device_mesh
+        if mesh.ndim != 1 or mesh.size() != dist.get_world_size() or not isinstance(p.placements[0], Shard):
             return f"parameter {name!r} is not sharded over all ranks; hybrid and tensor parallel are not supported yet"
     return None
 
@@ -53,6 +55,7 @@ def rest(module: nn.Module) -> None:
 
 
 def gram_of_units(
+    ranks: Ranks,
     target: Objective,
     units: Sequence[Any],
     unit_size: int | None,
@@ -63,6 +66,7 @@ def gram_of_units(
     """Return the Gram ``(n, n)`` of each parameter, by one forward and backward pass a unit on all ranks together.
 
     Args:
+        ranks: That measure, and hold the shards.
         target: What to differentiate; its parameters are sharded over all ranks.
         units: This rank's part of each of the n units.
         unit_size: Samples in such a part, None if they cannot be told.
@@ -70,20 +74,20 @@ def gram_of_units(
         memory_budget: What each rank may fill with shards of gradients.
         progress: As for `blockwise`.
     """
-    n, device = len(units), target.device
+    n = len(units)
     shards = sizes(_largest_shard(p) for p in target.parameters.values())
-    made = plan(n, shards, agreed_budget(memory_budget, least(shards), device), chunk_size=1)
-    compute = repeatable(lambda some: _gradients(target, some), units, made)
+    made = plan(n, shards, agreed_budget(ranks, memory_budget, least(shards)), chunk_size=1)
+    compute = repeatable(lambda some: _gradients(ranks, target, some), units, made)
     with MeasuredLayers(running_statistics=unit_size == 1, dropout=dropout), _apart(target.module):
-        grams = blockwise(n, lambda i, j: on_all_ranks(lambda: compute(i, j), device), made, progress=progress)
-    return add_up(grams)
+        grams = blockwise(n, lambda i, j: ranks.on_all(lambda: compute(i, j)), made, progress=progress)
+    return ranks.add_up(grams)
 
 
-def _gradients(target: Objective, units: Sequence[Any]) -> Rows:
+def _gradients(ranks: Ranks, target: Objective, units: Sequence[Any]) -> Rows:
     """This rank's shards of the gradient of one unit, ``(1, numel)``."""
     (unit,) = units
     # That all ranks have a loss is agreed upon before any of them waits for the others in the backward pass.
-    loss = on_all_ranks(lambda: checked(target.loss_fn(target.module, copy_of(unit))), target.device)
+    loss = ranks.on_all(lambda: checked(target.loss_fn(target.module, copy_of(unit))))
     run_backward(loss, (), keep_graph=False)
     rows = {
         name: empty_rows(_local(p), 1) if p.grad is None else as_rows(_local(p.grad), 1)
@@ -133,7 +137,7 @@ def _sharded_parts(module: nn.Module) -> list[Any]:
 def _largest_shard(p: Any) -> Tensor:
     """A tensor without memory, of the size that the first rank's shard has."""
     along = p.placements[0].dim
-    rows = -(-p.shape[along] // world_size())
+    rows = -(-p.shape[along] // p.device_mesh.size())
     return torch.empty(rows, p.numel() // max(1, p.shape[along]), dtype=p.dtype, device="meta")
 
 

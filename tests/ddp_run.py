@@ -6,6 +6,7 @@ Takes a JSON file of named runs and writes what each rank of each run left, for 
 from __future__ import annotations
 
 import json
+import logging.handlers
 import sys
 import warnings
 from datetime import timedelta
@@ -19,7 +20,17 @@ from runs import CLASSES, FEATURES, QUIET, Data, Module, Rows, frozen
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from lightning_gradconf import GradientConfusionCallback, callback, distributed, report, source
+from lightning_gradconf import (
+    GradientConfusionCallback,
+    callback,
+    distributed,
+    factors,
+    report,
+    riding,
+    sampling,
+    source,
+)
+from lightning_gradconf.engines import collector
 
 
 class Net(Module):
@@ -36,6 +47,21 @@ class AllUsed(Net):
     def make_net(self):
         net = super().make_net()
         del self.unused
+        return net
+
+
+class WithoutNoise(AllUsed):
+    """Of which a training step is what is measured: no BatchNorm, no dropout."""
+
+    def make_net(self):
+        net = super().make_net()
+        return nn.Sequential(net[0], nn.LayerNorm(8), net[2], net[4])
+
+
+class WithoutNoiseUnused(WithoutNoise):
+    def make_net(self):
+        net = super().make_net()
+        self.unused = nn.Linear(2, 2)
         return net
 
 
@@ -88,16 +114,32 @@ class Break(pl.Callback):
             "block": (type(module), "measured_loss"),
             "sharded forward": (type(module), "measured_loss"),
             "statistics": (report, "gradient_statistics"),
+            "boarding": (riding, "board"),
+            "ride": (collector, "copied"),
+            "exchange": (factors, "gram_of_sum"),
+            "telling": (sampling, "units_of"),
         }[self.stage]
         if trainer.global_rank == 1:
             setattr(owner, name, broken)
 
 
+class Watched(GradientConfusionCallback):
+    """Remembers at which steps it took a pass of its own."""
+
+    def on_train_start(self, *args):
+        self.passes = []
+        super().on_train_start(*args)
+
+    def _measure(self, trainer, *args):
+        self.passes.append(trainer.fit_loop.epoch_loop._batches_that_stepped)
+        super()._measure(trainer, *args)
+
+
 class Leave(pl.Callback):
     """Writes what a rank's run left, from the rank itself."""
 
-    def __init__(self, out, warned):
-        self.out, self.warned = out, warned
+    def __init__(self, out, warned, said):
+        self.out, self.warned, self.said = out, warned, said
 
     def teardown(self, trainer, module, stage):
         def digest(value):
@@ -115,11 +157,13 @@ class Leave(pl.Callback):
             "steps": trainer.global_step,
             "ours": trainer.loggers[0].of(ours=True),
             "warnings": self.warned,
+            "said": [record.getMessage() for record in self.said.buffer],
         }
         for confusion in trainer.callbacks:
             if isinstance(confusion, GradientConfusionCallback) and confusion.last_gram is not None:
                 result["statistics"] = {k: v.hex() for k, v in confusion.last_statistics.items()}
                 result["gram"] = confusion.last_gram.tolist()
+                result["passes"] = confusion.passes
                 result["pairs"] = [
                     (pair.cosine, pair.units, [str(origin) for origin in pair.origins], pair.labels)
                     for pair in confusion.last_top_pairs
@@ -127,7 +171,9 @@ class Leave(pl.Callback):
         (self.out / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
 
 
-def train(out, strategy="ddp", options=None, devices=2, accumulate=1, samples=24, confusion=None, fail=None):
+def train(
+    out, strategy="ddp", options=None, devices=2, accumulate=1, samples=24, noise=True, confusion=None, fail=None
+):
     out.mkdir(exist_ok=True)  # by the other rank, where that runs the script too
     pl.seed_everything(5, verbose=False)
     options = options or {}
@@ -135,16 +181,20 @@ def train(out, strategy="ddp", options=None, devices=2, accumulate=1, samples=24
         module = Sharded()
         parallel = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
     else:
-        module = Net() if options.get("find_unused_parameters") else AllUsed()
+        kinds = (Net, AllUsed) if noise else (WithoutNoiseUnused, WithoutNoise)
+        module = kinds[not options.get("find_unused_parameters")]()
         parallel = DDPStrategy(
             process_group_backend="gloo", start_method="fork", timeout=timedelta(seconds=60), **options
         )
     warned = []
     warnings.showwarning = lambda message, *_, **__: warned.append(str(message))
-    callbacks = [Leave(out, warned)]
+    said = logging.handlers.BufferingHandler(100)
+    logging.getLogger("lightning_gradconf").handlers = [said]
+    callbacks = [Leave(out, warned, said)]
     if confusion is not None:
-        loss_fn = None if fail is None else lambda module, batch: module.measured_loss(batch)
-        callbacks.append(GradientConfusionCallback(loss_fn=loss_fn, **confusion))
+        # Broken where the training step is not; but with a loss of its own there is nothing to ride on.
+        loss_fn = None if fail is None or not noise else lambda module, batch: module.measured_loss(batch)
+        callbacks.append(Watched(loss_fn=loss_fn, **confusion))
     if fail is not None:
         callbacks.append(Break(fail))
     trainer = pl.Trainer(
@@ -158,6 +208,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     warnings.filterwarnings("always", "GradientConfusionCallback")
+    logging.getLogger("lightning_gradconf").setLevel(logging.INFO)
     runs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for name, options in runs.items():
         train(out / name, **options)

@@ -23,6 +23,7 @@ from lightning_gradconf.engines.blocks import Plan
 from lightning_gradconf.engines.contraction import gram_of_sum
 from lightning_gradconf.engines.layers import MeasuredLayers
 from lightning_gradconf.engines.objective import objective
+from lightning_gradconf.ranks import Ranks, joined
 from lightning_gradconf.units import split
 
 HERE = Path(__file__).parent
@@ -37,6 +38,7 @@ PLANS = [Plan(block=3, chunk=3, passes=3), Plan(3, 1, 3), Plan(1, 1, 6), Plan(2,
 def gram_on_rank(rank: int, ranks: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    together = joined(torch.device("cpu"))
     mine = {name: part[rank * 3 : rank * 3 + 3] for name, part in rows_of_all(ranks).items()}
     computed: list[dict[str, torch.Tensor]] = []
 
@@ -46,21 +48,22 @@ def gram_on_rank(rank: int, ranks: int, store: str, out: str) -> None:
 
     sent = []
     exchange = dist.all_to_all_single
-    dist.all_to_all_single = lambda out, given: (sent.append(given.nbytes), exchange(out, given))
+    dist.all_to_all_single = lambda out, given, group: (sent.append(given.nbytes), exchange(out, given, group=group))
     results = []
     for made in PLANS:
         sent.clear()
-        grams = distributed.contract(3, compute, made, size=1)
+        grams = distributed.contract(together, 3, compute, made, size=1)
         results.append((grams, sum(sent), max(sent)))
     dist.all_to_all_single = exchange
-    decisions = [distributed.minimum(rank, torch.device("cpu"))]
+    decisions = [together.minimum(rank)]
     for failing in range(ranks + 1):
         try:
-            distributed.on_all_ranks(lambda failing=failing: 1 / (rank - failing), torch.device("cpu"))
+            together.on_all(lambda failing=failing: 1 / (rank - failing))
             decisions.append("went on")
         except (ZeroDivisionError, RuntimeError) as error:
             decisions.append(type(error).__name__)
     torch.save((results, decisions, computed), f"{out}/{rank}.pt")
+    together.leave()
     dist.destroy_process_group()
 
 
@@ -101,6 +104,7 @@ MODELS = (
 def engines_on_rank(rank: int, ranks: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    together = joined(torch.device("cpu"))
     results: dict[str, Any] = {}
     said = logging.handlers.BufferingHandler(100)
     logging.getLogger("lightning_gradconf").setLevel(logging.INFO)
@@ -108,7 +112,7 @@ def engines_on_rank(rank: int, ranks: int, store: str, out: str) -> None:
 
     def measure(key: str, module: nn.Module, loss_fn: Any, units: list[Any]) -> None:
         target = objective(module, loss_fn)
-        grams, used = distributed.gram_of_units(target, units, 1, "auto", None, False)
+        grams, used = distributed.gram_of_units(together, target, units, 1, "auto", None, False)
         why = [record.getMessage() for record in said.buffer]
         said.flush()
         with MeasuredLayers(running_statistics=True, dropout=False):
@@ -147,12 +151,14 @@ def test_engines_across_ranks_are_one_process_with_all_units(tmp_path):
 
 
 def test_alone_nothing_is_exchanged():
-    device = torch.device("cpu")
-    assert distributed.world_size() == 1
-    assert distributed.minimum(3, device) == 3
-    assert distributed.on_all_ranks(lambda: "done", device) == "done"
+    alone = Ranks(torch.device("cpu"))
+    assert (alone.size, alone.rank) == (1, 0)
+    assert alone.minimum(3) == 3
+    assert alone.gather([1, 2]) == [1, 2]
+    assert alone.on_all(lambda: "done") == "done"
     with pytest.raises(KeyError, match="mine"):
-        distributed.on_all_ranks(lambda: {}["mine"], device)
+        alone.on_all(lambda: {}["mine"])
+    alone.leave()
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
@@ -168,6 +174,9 @@ OPTIONS = {
 STAGES = ["sampling", "preparation", "plan", "forward", "block", "statistics"]
 # Room for 3 of the 4 gradients: two are held, and the other two computed again.
 BLOCKS = {"engine": "loop", "memory_budget": 1500}
+# The first batch is measured in a pass of its own, with all of its 4 samples.
+RIDE = EVERY | {"reuse_backward": True, "num_units": 3, "labels": 1, "top_pairs": 2}
+RIDE_STAGES = ["boarding", "ride", "exchange", "telling"]
 RUNS = {
     **{f"{name}, without": {"options": options} for name, options in OPTIONS.items()},
     **{
@@ -182,6 +191,19 @@ RUNS = {
     },
     "in blocks": {"confusion": EVERY | BLOCKS | {"labels": 1, "top_pairs": 3}},
     **{f"broken {stage}": {"confusion": EVERY | BLOCKS, "fail": stage} for stage in STAGES},
+    **{f"riding, {name}, without": {"noise": False, "options": options} for name, options in OPTIONS.items()},
+    **{
+        f"riding, {name}, {word}": {"noise": False, "options": options, "confusion": RIDE | {"reuse_backward": reuse}}
+        for name, options in OPTIONS.items()
+        for word, reuse in (("with", True), ("in passes of its own", False))
+    },
+    "riding, accumulation, without": {"noise": False, "accumulate": 2},
+    "riding, accumulation, with": {"noise": False, "accumulate": 2, "confusion": RIDE},
+    "riding, accumulation, in passes of its own": {
+        "noise": False, "accumulate": 2, "confusion": RIDE | {"reuse_backward": False},
+    },
+    "riding, three ranks": {"noise": False, "devices": 3, "samples": 22, "confusion": RIDE | {"num_units": 2}},
+    **{f"riding, broken {stage}": {"noise": False, "confusion": RIDE, "fail": stage} for stage in RIDE_STAGES},
 }  # fmt: skip
 # Lightning starts the ranks of FSDP by running the script again, so that there is one run in a script.
 FSDP = {
@@ -267,6 +289,47 @@ def test_pairs_are_told_by_rank_and_the_same_on_all(left):
         assert cosine == pytest.approx(float(value), abs=1e-6) == pytest.approx(float(cosines[tuple(units)]), abs=1e-6)
         assert origins == [f"rank {unit // 4}, batch 2, sample {unit % 4}" for unit in units]
         assert len(labels) == 2
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, "accumulation"])
+def test_riding_across_ranks_is_a_pass_of_its_own_on_all(name, left):
+    riding, own = left(f"riding, {name}, with"), left(f"riding, {name}, in passes of its own")
+    assert_no_trace(left(f"riding, {name}, without"), riding)
+    assert_no_trace(own, riding)
+    gram, wanted = (torch.tensor(run[0]["gram"], dtype=torch.float64) for run in (riding, own))
+    scale = wanted.diagonal().sqrt()
+    torch.testing.assert_close(gram / scale.outer(scale), wanted / scale.outer(scale), rtol=0, atol=1e-5)
+    assert len(gram) == 6
+    for one, other in zip(riding, own, strict=True):
+        assert one["warnings"] == one["said"] == []
+        assert one["statistics"] == riding[0]["statistics"], "bitwise the same on all ranks"
+        assert one["passes"] == [0] and len(other["passes"]) == len(riding[0]["ours"]) > 2
+        assert [step for step, _ in one["ours"]] == [step for step, _ in other["ours"]]
+        assert one["pairs"] == riding[0]["pairs"] and one["pairs"][0][1:] == other["pairs"][0][1:]
+
+
+def test_riding_on_three_ranks_with_uneven_batches(left):
+    measured = left("riding, three ranks")
+    assert len(measured) == 3 and len(measured[0]["gram"]) == 6
+    for rank in measured:
+        assert rank["statistics"] == measured[0]["statistics"]
+        assert 0 in rank["passes"] and len(rank["passes"]) < len(measured[0]["ours"])
+
+
+@pytest.mark.parametrize("stage", RIDE_STAGES)
+def test_one_rank_that_cannot_ride_leaves_all_measuring(stage, left):
+    measured = left(f"riding, broken {stage}")
+    assert_no_trace(left("riding, plain, without"), measured)
+    assert measured[0]["passes"] == measured[1]["passes"]
+    assert measured[0]["statistics"] == measured[1]["statistics"]
+    told = {rank: measured[rank]["said"] + measured[rank]["warnings"] for rank in (0, 1)}
+    if stage == "telling":  # of the units, which a pass of its own could not do either
+        assert measured[0]["passes"] == [0]
+        assert any("another rank could not measure" in message for message in told[0])
+    else:
+        assert len(measured[0]["passes"]) >= len(measured[0]["ours"]) - 1
+        assert measured[0]["warnings"] == []
+    assert any("broken on rank 1" in message for message in told[1])
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

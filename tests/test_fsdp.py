@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_gradconf import sharded
 from lightning_gradconf.engines.objective import objective
+from lightning_gradconf.ranks import joined
 
 UNITS, RANKS, WIDTH = 5, 2, 6
 
@@ -89,12 +90,13 @@ BUDGETS = (None, "8KB", "13KB")
 def on_rank(rank: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    together = joined(torch.device("cpu"))
     results: dict[str, object] = {}
 
     def grams(module, size=2, patterns="*", **options):
         target = objective(module, loss, patterns)
         units = [unit(i, rank, size) for i in range(UNITS)]
-        return sharded.gram_of_units(target, units, size, **({"dropout": False} | options))
+        return sharded.gram_of_units(together, target, units, size, **({"dropout": False} | options))
 
     module = shard(model())
     results["reason"] = sharded.reason_not_to_measure(module)
@@ -132,7 +134,7 @@ def on_rank(rank: int, store: str, out: str) -> None:
 
     try:
         target = objective(module, failing)
-        sharded.gram_of_units(target, [unit(i, rank, 2) for i in range(UNITS)], 2, dropout=False)
+        sharded.gram_of_units(together, target, [unit(i, rank, 2) for i in range(UNITS)], 2, dropout=False)
     except (ZeroDivisionError, RuntimeError) as error:
         results["failure"] = f"{type(error).__name__}: {error}"
     try:
@@ -149,7 +151,7 @@ def on_rank(rank: int, store: str, out: str) -> None:
     low = shard(model().float(), {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32})
     half = objective(low, lambda module, batch: loss(module, (batch[0].bfloat16(), batch[1])))
     units = [unit(i, rank, 16) for i in range(UNITS)]  # statistics of two samples would magnify the rounding
-    results["bfloat16"] = sharded.gram_of_units(half, units, 16, dropout=False)
+    results["bfloat16"] = sharded.gram_of_units(together, half, units, 16, dropout=False)
     partly = model()
     for layer in partly.layers:
         from torch.distributed.fsdp import fully_shard

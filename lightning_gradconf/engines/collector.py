@@ -13,7 +13,16 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_gradconf.engines import graph as graphs
-from lightning_gradconf.engines.contraction import Contribution, Dense, Rows, Workspace, gram_of_sum, head, whole
+from lightning_gradconf.engines.contraction import (
+    Contribution,
+    Dense,
+    Rows,
+    Workspace,
+    copied,
+    gram_of_sum,
+    head,
+    whole,
+)
 from lightning_gradconf.engines.graph import Graph, Use
 from lightning_gradconf.engines.memory import Route
 from lightning_gradconf.engines.nodes import variable
@@ -60,8 +69,8 @@ class Collector:
         facts: About it.
         routes: Of the parameters; the usual one for those that it does not name.
         work: What contractions share.
-        first: Only the Grams of so many first units; None is all.
-        keep: Keep what would be contracted.
+        first: Only so many first units; None is all.
+        keep: Keep what would be contracted; of only some units in memory of its own, not with all of the graph's.
     """
 
     def __init__(
@@ -74,7 +83,7 @@ class Collector:
         keep: bool = False,
     ) -> None:
         self.found = Pass(facts)
-        self._keeps = keep
+        self._keeps, self._copies = keep, keep and first is not None
         self._leaves, self._routes, self._work = graph.leaves, routes, work
         self._n = first or facts.n  # units that are measured, of those in the graph
         self._waiting = Counter(name for use in graph.uses for name in use.free.leaves)
@@ -136,7 +145,8 @@ class Collector:
                 self._count_live(part, use.slot)
             for name in names:
                 self.found.guesses[name] = max(self.found.guesses.get(name, 1), units.guesses)
-            self._keep(use, head(part, self._n))
+            part = head(part, self._n)
+            self._keep(use, copied(part) if self._copies else part)
 
     def _keep(self, use: Use, part: Contribution) -> None:
         """Put a contribution to the others of its parameter, and contract them if it is the last."""

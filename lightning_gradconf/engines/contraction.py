@@ -367,6 +367,23 @@ def head(part: Contribution, n: int) -> Contribution:
             return replace(part, input=part.input[:samples], delta=part.delta[:samples], n=n)
 
 
+def copied(part: Contribution) -> Contribution:
+    """Return the contribution in memory of its own."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.clone(memory_format=torch.contiguous_format)
+
+    match part:
+        case Dense():
+            return Dense(copy(part.gradients))
+        case Rows():
+            return Rows(copy(part.left), copy(part.right))
+        case Lookup():
+            return replace(part, index=copy(part.index), values=copy(part.values))
+        case Patches():
+            return replace(part, input=copy(part.input), delta=copy(part.delta))
+
+
 def scaled(part: Contribution, factor: float) -> Contribution:
     """Return a contribution times a number."""
     match part:

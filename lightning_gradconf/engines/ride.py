@@ -16,7 +16,8 @@ from torch.autograd.graph import Node
 
 from lightning_gradconf.engines import graph as graphs
 from lightning_gradconf.engines import trust
-from lightning_gradconf.engines.collector import Collector, Grams, Receiver, sum_of, to_pull
+from lightning_gradconf.engines.collector import Collector, Grams, Pass, Receiver, sum_of, to_pull
+from lightning_gradconf.engines.contraction import Contribution, Workspace, gram_of_sum, scaled
 from lightning_gradconf.engines.memory import Memory
 from lightning_gradconf.engines.nodes import saved, unpacks
 
@@ -29,7 +30,9 @@ class Ride:
     """A backward pass that is listened to.
 
     Attributes:
-        collector: Makes Grams of what it brings.
+        collector: Makes Grams of what it brings, or keeps it.
+        parameters: That are measured.
+        work: What contractions share.
         scales: What turns a unit's contribution to the loss into its gradient, for each parameter.
         unseen: Parameters that had no gradient when they were to be checked.
         scale: What the training multiplied the loss by.
@@ -38,6 +41,8 @@ class Ride:
     """
 
     collector: Collector
+    parameters: Mapping[str, Tensor]
+    work: Workspace
     scales: dict[str, float]
     unseen: set[str]
     scale: Tensor | None = None
@@ -81,22 +86,50 @@ class Ride:
         Raises:
             RuntimeError: They could not be told.
         """
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            found, scales = self._completed()
+            self._check(found.grams)
+            return {name: gram * scales[name] ** 2 for name, gram in found.grams.items()}
+
+    def factors(self) -> dict[str, list[Contribution]]:
+        """Return what the units' gradients are made of, after a backward pass that kept it.
+
+        Raises:
+            RuntimeError: It could not be told.
+        """
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            found, scales = self._completed()
+            if self.unseen:
+                self._check({name: gram_of_sum(parts, self.work) for name, parts in found.factors.items()})
+            return {name: [scaled(part, scales[name]) for part in found.factors.pop(name)] for name in self.parameters}
+
+    def _completed(self) -> tuple[Pass, dict[str, float]]:
+        """What the backward pass brought, and by what the factors of each parameter are to be multiplied."""
         if self.error is not None:
             raise self.error
         if self.scale is None:
             raise RuntimeError("the backward pass did not begin at the loss")
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            self.collector.finish()
-            found = self.collector.found
-            if found.missing:
-                raise RuntimeError(next(iter(found.missing.values())))
-            total = sum_of(found.grams)
-            if not all(trust.negligible(found.grams[name], total, found.facts.epsilon) for name in self.unseen):
-                raise RuntimeError("a parameter has a gradient that had none when it was to be checked")
-            return {name: gram * (self.scales[name] / self.scale.to(gram)) ** 2 for name, gram in found.grams.items()}
+        self.collector.finish()
+        if missing := self.collector.found.missing:
+            raise RuntimeError(next(iter(missing.values())))
+        scale = float(self.scale)
+        return self.collector.found, {name: known / scale for name, known in self.scales.items()}
+
+    def _check(self, grams: Grams) -> None:
+        total, epsilon = sum_of(grams), self.collector.found.facts.epsilon
+        if not all(trust.negligible(grams[name], total, epsilon) for name in self.unseen):
+            raise RuntimeError("a parameter has a gradient that had none when it was to be checked")
 
 
-def board(root: Node, parameters: Mapping[str, Tensor], samples: int, k: int, first: int, memory: Memory) -> Ride:
+def board(
+    root: Node,
+    parameters: Mapping[str, Tensor],
+    samples: int,
+    k: int,
+    first: int,
+    memory: Memory,
+    keep: bool = False,
+) -> Ride:
     """Prepare to measure the first units of the batch in the backward pass that is about to begin at ``root``.
 
     Args:
@@ -106,6 +139,7 @@ def board(root: Node, parameters: Mapping[str, Tensor], samples: int, k: int, fi
         k: Samples in a unit.
         first: How many units are measured.
         memory: What measurements of batches of this size have found out.
+        keep: Keep what the gradients are made of, for units of other ranks to be added.
 
     Raises:
         RuntimeError: The graph is none that was measured before, or not only its units decide about gradients.
@@ -132,8 +166,9 @@ def board(root: Node, parameters: Mapping[str, Tensor], samples: int, k: int, fi
         raise RuntimeError("units have different numbers of targets")
     if names := to_pull(graph):
         raise RuntimeError(f"{min(names)} is transformed before it meets the data")
-    collector = Collector(graph, facts, known.routes, memory.work, first)
-    return Ride(collector, {name: route.scale for name, route in known.routes.items()}, known.unseen)
+    collector = Collector(graph, facts, known.routes, memory.work, first, keep)
+    scales = {name: route.scale for name, route in known.routes.items()}
+    return Ride(collector, parameters, memory.work, scales, known.unseen)
 
 
 def root_of(loss: Tensor, divided_by: int | None, scaled: bool) -> Node:
@@ -147,7 +182,7 @@ def root_of(loss: Tensor, divided_by: int | None, scaled: bool) -> Node:
     Raises:
         RuntimeError: The training did something else.
     """
-    node = loss.grad_fn
+    node, number = loss.grad_fn, loss.output_nr
     for name, expected, applied in (("MulBackward0", None, scaled), ("DivBackward0", divided_by, bool(divided_by))):
         if not applied:
             continue
@@ -155,7 +190,9 @@ def root_of(loss: Tensor, divided_by: int | None, scaled: bool) -> Node:
         if factor is None or factor.numel() != 1 or (expected is not None and float(factor) != expected):
             raise RuntimeError("the training has changed the loss in a way that is not known")
         assert node is not None
-        node = node.next_functions[0][0]
+        node, number = node.next_functions[0]
+    if node is not None and node.name() == "_DDPSinkBackward":  # hands on all that training_step returned
+        node = node.next_functions[number][0]
     if node is None:
         raise RuntimeError("the loss does not depend on any parameter")
     return node
