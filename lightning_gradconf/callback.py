@@ -460,17 +460,19 @@ class GradientConfusionCallback(Callback):
         values = self._report.values(measured)
         self.last_top_pairs = self._report.pairs(measured)
         self.last_gram, self.last_statistics, self.last_step = measured.gram, values, measured.step
-        metrics = {f"{self.prefix}/{name}": value for name, value in self.last_statistics.items()}
+        metrics = {f"{self.prefix}/{name}": value for name, value in values.items()}
         for layer, value in self._report.of_layers(measured).items():
             metrics[f"{self.prefix}/min_cosine/{layer}"] = value
         if not bool(self.last_gram.isfinite().all()):
             self._warn_once(
                 "a gradient is not finite; such measurements are logged as NaN.", f" First at step {measured.step}."
             )
-        for key, value in metrics.items():
-            on_bar = self.prog_bar and key == f"{self.prefix}/min_cosine"
-            # Not to the loggers: Lightning would repeat a value, or drop it, between its own logging steps.
-            pl_module.log(key, value, on_step=True, on_epoch=False, logger=False, prog_bar=on_bar, batch_size=1)
+        # Not by pl_module.log, which would repeat values or drop them between Lightning's own logging steps.
+        device = pl_module.device
+        trainer.callback_metrics.update({key: torch.tensor(value, device=device) for key, value in metrics.items()})
+        if self.prog_bar and "min_cosine" in values:
+            key = f"{self.prefix}/min_cosine"
+            pl_module.log(key, metrics[key], prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)
         loggers: list[Any] = trainer.loggers
         for logger in loggers:
             self._guarded(partial(log_numbers, logger, metrics, measured.step), logging=True)

@@ -144,7 +144,8 @@ def scenario(step: int, plainly: bool = False) -> Scenario:
 
 def confusion(stage: str, engine: str) -> GradientConfusionCallback:
     source = "fresh" if stage == "drawing" else "current"
-    return GradientConfusionCallback(every_n_train_steps=2, unit_size=2, num_units=2, source=source, engine=engine)
+    options: dict[str, Any] = {"unit_size": 2, "num_units": 2, "prog_bar": True}
+    return GradientConfusionCallback(every_n_train_steps=2, source=source, engine=engine, **options)
 
 
 @pytest.fixture(scope="module")
