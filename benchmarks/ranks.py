@@ -2,8 +2,8 @@
 
     python benchmarks/ranks.py [--workloads mlp gpt] [--ranks 2] [--rounds 3]
 
-gloo processes with one thread each, on as many cores; the Gram is that of all ranks' units. The first measurement,
-which calibrates, is left out.
+gloo processes with one thread each, on as many cores; the Gram is that of all ranks' units. "Ridden on" is an ordinary
+pass that is measured on the way. The first measurement, which calibrates, is left out.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import riding
 import torch
 import torch.multiprocessing as mp
 from speed import MAIN, ordinary
@@ -42,7 +43,11 @@ def measure(rank: int, ranks: int, store: str, workloads: list[str], rounds: int
                 together, target, units, work.unit_size, engine, None, False, memory=memory
             )
 
-        methods = {"ordinary": ordinary(work), **{engine: lambda engine=engine: across(engine) for engine in ENGINES}}
+        def ridden(work=work, units=units, memory=memory) -> None:
+            riding.step(work, len(units), memory, together)
+
+        engines = {engine: lambda engine=engine: across(engine) for engine in ENGINES}
+        methods = {"ordinary": ordinary(work), **engines, "ridden on": ridden}
         times: dict[str, list[float]] = {method: [] for method in methods}
         for i in range(rounds + 1):
             for method, run in methods.items():
@@ -53,7 +58,7 @@ def measure(rank: int, ranks: int, store: str, workloads: list[str], rounds: int
                     times[method].append(time.perf_counter() - start)
         if rank == 0:
             medians = {method: statistics.median(of) for method, of in times.items()}
-            ratios = "  ".join(f"{engine} {medians[engine] / medians['ordinary']:.2f}" for engine in ENGINES)
+            ratios = "  ".join(f"{method} {medians[method] / medians['ordinary']:.2f}" for method in methods)
             print(f"{name:10s} ordinary {1000 * medians['ordinary']:.0f} ms  {ratios}", flush=True)
     dist.destroy_process_group()
 

@@ -9,8 +9,10 @@ import time
 import torch
 from workloads import Workload, build
 
+from lightning_gradconf.distributed import gram_of_factors
 from lightning_gradconf.engines import ghost, ride
 from lightning_gradconf.engines.objective import objective
+from lightning_gradconf.ranks import Ranks
 from lightning_gradconf.units import num_samples, split
 
 ROUNDS = 9
@@ -40,20 +42,24 @@ def main() -> None:
         print(f"{name}: {1e3 * plain:.0f} ms; riding {shown}; pass of its own {statistics.median(own[2:]) / plain:.2f}")
 
 
-def step(work: Workload, first: int, memory: ghost.Memory) -> float:
-    """Seconds that a forward and backward pass takes, with the first so many units measured."""
+def step(work: Workload, first: int, memory: ghost.Memory, together: Ranks | None = None) -> float:
+    """Seconds that a forward and backward pass takes, with the first so many units measured, of each rank or here."""
     for p in work.model.parameters():
         p.grad = None
     start = time.perf_counter()
     loss = work.loss(work.model, work.batch)
     if first:
         parameters = dict(work.model.named_parameters())
-        ridden = ride.board(loss.grad_fn, parameters, num_samples(work.batch), 1, first, memory)
+        samples = num_samples(work.batch)
+        ridden = ride.board(loss.grad_fn, parameters, samples, 1, first, memory, keep=together is not None)
         ridden.listen(loss.grad_fn)
     loss.backward()
     if first:
         ridden.leave()
-        ridden.grams()
+        if together is None:
+            ridden.grams()
+        else:
+            gram_of_factors(together, parameters, ridden.factors(), first, memory.work)
     return time.perf_counter() - start
 
 

@@ -21,6 +21,7 @@ import tempfile
 import time
 import warnings
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from torch import multiprocessing, nn
 from lightning_gradconf import gradient_gram
 from lightning_gradconf.distributed import gram_of_units
 from lightning_gradconf.engines.blocks import plan
+from lightning_gradconf.engines.memory import Memory
 from lightning_gradconf.engines.objective import objective, sizes
 from lightning_gradconf.ranks import joined
 from lightning_gradconf.units import split
@@ -96,7 +98,7 @@ def point(engine: str, n: int = 32, k: int = 1, width: int = 512, share: float |
     return {"seconds": seconds, "megabytes": megabytes, "parameters": p, "passes": passes}
 
 
-def on_rank(rank: int, ranks: int, folder: str, n: int, share: float | None) -> None:
+def on_rank(rank: int, ranks: int, folder: str, engine: str, n: int, share: float | None) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=300))
@@ -107,14 +109,21 @@ def on_rank(rank: int, ranks: int, folder: str, n: int, share: float | None) -> 
     target, together = objective(model, loss_of), joined(torch.device("cpu"))
     budget = None if share is None else int(share * n * p * 4)
     sent = []
-    exchange = dist.all_to_all_single
+    exchange, gather = dist.all_to_all_single, dist.gather
 
-    def counted(output: torch.Tensor, mine: torch.Tensor, group: dist.ProcessGroup) -> None:
+    def counted_exchange(output: torch.Tensor, mine: torch.Tensor, group: dist.ProcessGroup) -> None:
         sent.append(mine.nbytes * (ranks - 1) // ranks)  # a rank keeps its own part
         exchange(output, mine, group=group)
 
-    dist.all_to_all_single = counted
-    seconds, megabytes = measured(lambda: gram_of_units(together, target, units, 1, "loop", None, False, budget))
+    def counted_gather(mine: torch.Tensor, *args: object, dst: int, group: dist.ProcessGroup) -> None:
+        sent.append(0 if dst == rank else mine.nbytes)
+        gather(mine, *args, dst=dst, group=group)
+
+    dist.all_to_all_single, dist.gather = counted_exchange, counted_gather
+    how, memory = (together, target, units, 1, engine, None, False, budget), Memory()
+    gram_of_units(*how, memory=memory)  # which calibrates
+    sent.clear()
+    seconds, megabytes = measured(lambda: gram_of_units(*how, memory=memory))
     passes = n if budget is None else plan(n, sizes(model.parameters()), budget).passes
     result = {"seconds": seconds, "megabytes": megabytes, "sent": sum(sent) / (REPEATS + 2) / 1e6, "parameters": p}
     Path(folder, f"{rank}.json").write_text(json.dumps(result | {"passes": passes}))
@@ -122,9 +131,9 @@ def on_rank(rank: int, ranks: int, folder: str, n: int, share: float | None) -> 
     dist.destroy_process_group()
 
 
-def over_ranks(ranks: int, n: int, share: float | None) -> list[dict[str, float]]:
+def over_ranks(ranks: int, engine: str, n: int, share: float | None) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(on_rank, args=(ranks, folder, n, share), nprocs=ranks)
+        multiprocessing.spawn(on_rank, args=(ranks, folder, engine, n, share), nprocs=ranks)
         return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
 
 
@@ -228,11 +237,13 @@ def everything(out: Path) -> None:
         passes = [result["passes"] for result in results]
         row(share or "all", passes, *(result[what] for result in results for what in ("seconds", "megabytes")))
     plot(found, out)
-    row("ranks", "units a rank", "budget", "s", "MB a rank", "MB sent a rank", "gradients computed a rank")
-    for ranks, n, share in ((1, 32, None), (2, 16, None), (2, 32, None), (2, 16, 1 / 2), (2, 16, 1 / 4)):
-        results = over_ranks(ranks, n, share)
+    row("ranks", "engine", "units a rank", "budget", "s", "MB a rank", "MB sent a rank", "gradients computed a rank")
+    loops = ((1, 32, None), (2, 16, None), (2, 32, None), (2, 16, 1 / 2), (2, 16, 1 / 4))
+    ghosts = ((1, 32, None), (2, 16, None), (2, 32, None))
+    for engine, (ranks, n, share) in (*product(["loop"], loops), *product(["ghost"], ghosts)):
+        results = over_ranks(ranks, engine, n, share)
         most = {key: max(result[key] for result in results) for key in results[0]}
-        row(ranks, n, share or "all", most["seconds"], most["megabytes"], most["sent"], int(most["passes"]))
+        row(ranks, engine, n, share or "all", most["seconds"], most["megabytes"], most["sent"], int(most["passes"]))
 
 
 def plot(found: dict[str, dict[str, list[dict[str, float]]]], out: Path) -> None:

@@ -6,6 +6,7 @@ of n units. Where they are more, the gradients are formed and sent instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -52,10 +53,11 @@ def partial_grams(ranks: Ranks, factors: Factors, work: Workspace) -> dict[str, 
     described = ranks.gather([{name: [_shapes(part) for part in parts] for name, parts in factors.items()}])
     if any(_without_rows(one) != _without_rows(described[0]) for one in described):
         raise RuntimeError("the ranks use their parameters in different ways")
+    owners = _owners(described)
     grams: dict[str, Tensor] = {}
     failed: Exception | None = None
-    for i, name in enumerate(list(factors)):
-        owner = i % ranks.size
+    for name in list(factors):
+        owner = owners[name]
         parts = [
             _gathered(ranks, part, [one[name][j] for one in described], owner)
             for j, part in enumerate(factors.pop(name))
@@ -68,6 +70,19 @@ def partial_grams(ranks: Ranks, factors: Factors, work: Workspace) -> dict[str, 
     if failed is not None:
         raise failed
     return grams
+
+
+def _owners(described: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Which rank contracts each parameter, so that all have about as much to do."""
+    sizes = dict.fromkeys(described[0], 0)
+    for of_rank in described:
+        for name, parts in of_rank.items():
+            sizes[name] += sum(math.prod(shape) for _, shapes in parts for _, shape in shapes.values())
+    loads, owners = [0] * len(described), {}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        owners[name] = loads.index(min(loads))
+        loads[owners[name]] += sizes[name]
+    return owners
 
 
 def _shapes(part: Contribution) -> tuple[str, dict[str, tuple[torch.dtype, list[int]]]]:

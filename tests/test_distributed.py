@@ -209,7 +209,7 @@ RUNS = {
 FSDP = {
     f"fsdp, accumulate {accumulate}, {word}": {"strategy": "fsdp2", "accumulate": accumulate} | confusion
     for accumulate in (1, 2)
-    for word, confusion in {"without": {}, "with": {"confusion": EVERY | {"unit_size": accumulate}}}.items()
+    for word, confusion in {"without": {}, "with": {"confusion": EVERY | {"unit_size": accumulate, "reuse_backward": True}}}.items()
 } | {"fsdp, broken": {"strategy": "fsdp2", "confusion": EVERY, "fail": "sharded forward"}}
 
 
@@ -341,6 +341,7 @@ def test_fsdp_runs_are_bitwise_the_runs_without(accumulate, left):
         assert rank["warnings"] == []
         assert rank["statistics"] == measured[0]["statistics"], "bitwise the same on all ranks"
         assert [step for step, _ in rank["ours"]] == list(range(6 if accumulate == 1 else 4))
+        assert len(rank["said"]) == 1 and "with FSDP a unit spans all ranks" in rank["said"][0]
 
 
 def test_one_rank_failing_leaves_all_fsdp_training(left):
