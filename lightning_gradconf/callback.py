@@ -90,7 +90,8 @@ class GradientConfusionCallback(Callback):
         loss_fn: ``loss_fn(module, batch)``, instead of ``training_step``. Needed with manual optimization.
         memory_budget: Bytes, or a text like ``"2GB"``, that each process may fill with gradients beside what a
             training step takes. If not all fit, some are computed again: the values are the same, and take longer.
-            None is half of the free memory. ``ghost`` holds no gradients and needs no budget.
+            None is half of the free memory. ``ghost`` holds none but those of parameters that are transformed before
+            they meet the data (weight_norm), and is left if these do not fit.
         dropout: Measure with dropout on. By default its probability is zero while measuring.
         statistics: Names of statistics, ``"default"`` or ``"all"``.
         per_layer: Log ``{prefix}/min_cosine/{submodule}`` too: of each submodule that has parameters (True), or of

@@ -56,7 +56,7 @@ def gram_of_units(
 
     def measured(name: str) -> dict[str, Tensor]:
         if name == "ghost":
-            factors = ranks.on_all(lambda: ghost.unit_factors(target, units, unit_size, memory))
+            factors = ranks.on_all(lambda: ghost.unit_factors(target, units, unit_size, memory, budget))
             return gram_of_factors(ranks, target.parameters, factors, n, memory.work)
         chunk = None if name == "loop" else chunk_size or (at_once if at_once < n else None)
         made = plan(n, bytes_of_each, budget, chunk)

@@ -209,7 +209,10 @@ RUNS = {
 FSDP = {
     f"fsdp, accumulate {accumulate}, {word}": {"strategy": "fsdp2", "accumulate": accumulate} | confusion
     for accumulate in (1, 2)
-    for word, confusion in {"without": {}, "with": {"confusion": EVERY | {"unit_size": accumulate, "reuse_backward": True}}}.items()
+    for word, confusion in {
+        "without": {},
+        "with": {"confusion": EVERY | {"unit_size": accumulate, "reuse_backward": True}},
+    }.items()
 } | {"fsdp, broken": {"strategy": "fsdp2", "confusion": EVERY, "fail": "sharded forward"}}
 
 

@@ -21,13 +21,15 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from zoo import ZOO
 
 from lightning_gradconf import GradientConfusionCallback, gradient_gram
-from lightning_gradconf.engines import blocks, budget, gram_of_units
+from lightning_gradconf.engines import blocks, budget, gram_of_units, rules
 from lightning_gradconf.engines.blocks import Plan, blockwise, plan
 from lightning_gradconf.engines.budget import units_at_once
 from lightning_gradconf.engines.layers import MeasuredLayers
 from lightning_gradconf.engines.objective import objective, sizes
+from lightning_gradconf.units import split
 
 N = 12
 
@@ -249,6 +251,22 @@ def test_auto_leaves_single_units_to_the_loop():
     grams, then = gram_of_units(target, units, 2, memory_budget=budget_for(module, 4))
     assert (first, then) == ("vmap", "loop")
     torch.testing.assert_close(grams, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_that_ghost_has_to_form_stay_within_the_budget(monkeypatch):
+    """Of parameters that are transformed before they meet the data, and of those without a rule."""
+    transformed, bilinear = ZOO["low_rank_adapter"](), ZOO["bilinear"]()
+    monkeypatch.delitem(rules.RULES, "TrilinearBackward0")
+    for (module, loss_fn, batch), formed, other in [
+        (transformed, 3 * 2 + 2 * 4 + 3 * 4, "vmap"),  # both factors, and the matrix that they make
+        (bilinear, 5 * 4 * 2, "loop"),  # as torch.func would have to go unit by unit
+    ]:
+        target, units = objective(module, loss_fn), split(batch, 1)
+        whole, _ = gram_of_units(target, units, 1, "loop")
+        for room, used in ((6 * formed * 8, "ghost"), (6 * formed * 8 - 1, other)):
+            grams, name = gram_of_units(target, units, 1, memory_budget=room)
+            assert name == used
+            torch.testing.assert_close(grams, whole, rtol=1e-10, atol=1e-12)
 
 
 # ---- the callback ----------------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def gram_of_units(
         return blockwise(n, repeatable(gradients, units, made), made, progress=progress)
 
     engines: dict[str, Callable[[], dict[str, Tensor]]] = {
-        "ghost": lambda: ghost.unit_grams(target, units, unit_size, memory),
+        "ghost": lambda: ghost.unit_grams(target, units, unit_size, memory, budget),
         "vmap": lambda: by(vmap.differentiator(target), chunk_size or (at_once if at_once < n else None)),
         "loop": lambda: by(loop.differentiator(target), 1),
     }

@@ -23,13 +23,17 @@ from lightning_gradconf.engines.collector import Grams, Pass, sum_of
 from lightning_gradconf.engines.contraction import Contribution, Dense, gram_of_sum, scaled
 from lightning_gradconf.engines.memory import Known, Memory
 from lightning_gradconf.engines.objective import Objective, contract
-from lightning_gradconf.engines.one_pass import Task, measure
+from lightning_gradconf.engines.one_pass import Task, check_room, measure
 
 __all__ = ["Grams", "Memory", "unit_factors", "unit_grams"]
 
 
 def unit_grams(
-    objective: Objective, units: Sequence[Any], unit_size: int | None, memory: Memory | None = None
+    objective: Objective,
+    units: Sequence[Any],
+    unit_size: int | None,
+    memory: Memory | None = None,
+    room: int | None = None,
 ) -> Grams:
     """Return the inner products of the units' gradients, ``{parameter name: (n, n)}``.
 
@@ -38,27 +42,29 @@ def unit_grams(
         units: Batches of ``unit_size`` samples each.
         unit_size: Samples in a unit; None if they cannot be told.
         memory: What earlier calls have found out, and room for what this one does.
+        room: Bytes that gradients may fill, of parameters whose gradients have to be formed.
 
     Raises:
         RuntimeError: One pass over all units cannot give their gradients; the message says why.
     """
     memory = Memory() if memory is None else memory
-    task = _task(objective, units, unit_size, memory)
+    task = _task(objective, units, unit_size, memory, room)
     known, grams = _checked(task, memory, measure(task, memory))
     found = {name: gram * known.routes[name].scale ** 2 for name, gram in grams.items()}
     if rest := [name for name in objective.parameters if name not in found]:
+        check_room(task, memory, rest)
         found |= contract(_by_others(only(objective, rest), units))
     return {name: found[name] for name in objective.parameters}
 
 
 def unit_factors(
-    objective: Objective, units: Sequence[Any], unit_size: int | None, memory: Memory
+    objective: Objective, units: Sequence[Any], unit_size: int | None, memory: Memory, room: int | None = None
 ) -> dict[str, list[Contribution]]:
     """Return what the units' gradients are made of, parameter by parameter, for units of other ranks to be added.
 
     The arguments and errors are those of `unit_grams`.
     """
-    task = _task(objective, units, unit_size, memory)
+    task = _task(objective, units, unit_size, memory, room)
     kept = measure(task, memory, keep=True)
     known = memory.known.get(kept.facts.signature)
     if known is None or known.unseen or not proven(known, kept.facts):  # their Grams are for the checks alone
@@ -73,18 +79,19 @@ def unit_factors(
             for name in list(kept.factors)
         }
     if rest := [name for name in objective.parameters if name not in found]:
+        check_room(task, memory, rest)
         found |= {name: [Dense(rows)] for name, rows in _by_others(only(objective, rest), units).items()}
     return {name: found[name] for name in objective.parameters}
 
 
-def _task(objective: Objective, units: Sequence[Any], unit_size: int | None, memory: Memory) -> Task:
+def _task(objective: Objective, units: Sequence[Any], unit_size: int | None, memory: Memory, room: int | None) -> Task:
     if memory.refused is not None:
         raise RuntimeError(memory.refused)
     if len(units) == 1:
         raise RuntimeError("a single unit is measured as it is")
     if unit_size is None:
         raise RuntimeError("the samples of a unit cannot be told, so its place in a batch of all cannot either")
-    return Task(objective, units, unit_size)
+    return Task(objective, units, unit_size, room)
 
 
 def _checked(task: Task, memory: Memory, found: Pass) -> tuple[Known, Grams]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,20 +15,25 @@ from torch.autograd.graph import GradientEdge, Node
 from lightning_gradconf import units as batches
 from lightning_gradconf.engines import graph as graphs
 from lightning_gradconf.engines import trust
-from lightning_gradconf.engines.collector import Collector, Pass
+from lightning_gradconf.engines.blocks import megabytes
+from lightning_gradconf.engines.collector import Collector, Pass, to_pull
 from lightning_gradconf.engines.memory import Memory, Route
 from lightning_gradconf.engines.nodes import shapes
-from lightning_gradconf.engines.objective import Objective, run_backward
+from lightning_gradconf.engines.objective import Objective, accumulation_dtype, run_backward, sizes
 from lightning_gradconf.engines.trust import Reads
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be measured: an objective on units of ``unit_size`` samples each."""
+    """What is to be measured: an objective on units of ``unit_size`` samples each.
+
+    ``room`` is the bytes that gradients may fill where they have to be formed; None is without bound.
+    """
 
     objective: Objective
     units: Sequence[Any]
     unit_size: int
+    room: int | None = None
 
 
 def measure(task: Task, memory: Memory, routes: dict[str, Route] | None = None, keep: bool = False) -> Pass:
@@ -58,6 +64,9 @@ def measure(task: Task, memory: Memory, routes: dict[str, Route] | None = None, 
             if (carrier := trust.carries_between_units(graph, n, k)) is not None:
                 raise RuntimeError(f"{carrier} may carry values from one unit to another, depending on the data")
             trust.equalise(graph, n)
+            if pulled := to_pull(graph):
+                shapes_of = {use.source: graphs.shape(use.source) for use in graph.uses if use.free.leaves & pulled}
+                check_room(task, memory, pulled, sum(math.prod(shape) for shape in shapes_of.values()))
             collector = Collector(graph, facts, chosen, memory.work, keep=keep)
         _run(loss, graph.bottom, collector)
         return collector.found
@@ -67,6 +76,18 @@ def measure(task: Task, memory: Memory, routes: dict[str, Route] | None = None, 
     if reads.branched:
         raise RuntimeError("the forward pass branches on values that it computed, so units may go different ways")
     return found
+
+
+def check_room(task: Task, memory: Memory, names: Collection[str], more: int = 0) -> None:
+    """Refuse to form the gradients of some parameters, and ``more`` elements for each unit, where they do not fit."""
+    formed = [task.objective.parameters[name] for name in names]
+    needed = len(task.units) * (sum(sizes(formed)) + more * accumulation_dtype(formed[0]).itemsize)
+    if task.room is not None and needed > task.room:
+        memory.refused = (
+            f"the gradients of {len(names)} parameters, of {min(names)} for one, have to be formed, and take "
+            f"{megabytes(needed)}, which the memory budget has no room for"
+        )
+        raise RuntimeError(memory.refused)
 
 
 def _run(loss: Tensor, bottom: list[Node], collector: Collector) -> None:
