@@ -172,8 +172,9 @@ class Leave(pl.Callback):
 
 
 def train(
-    out, strategy="ddp", options=None, devices=2, accumulate=1, samples=24, noise=True, confusion=None, fail=None
-):
+    out, strategy="ddp", options=None, devices=2, accumulate=1, samples=24, noise=True, smaller=False, confusion=None,
+    fail=None,
+):  # fmt: skip
     out.mkdir(exist_ok=True)  # by the other rank, where that runs the script too
     pl.seed_everything(5, verbose=False)
     options = options or {}
@@ -199,9 +200,20 @@ def train(
         callbacks.append(Break(fail))
     trainer = pl.Trainer(
         max_epochs=2, logger=Rows(), enable_checkpointing=False, log_every_n_steps=2, callbacks=callbacks,
-        accumulate_grad_batches=accumulate, **(QUIET | {"devices": devices, "strategy": parallel}),
+        accumulate_grad_batches=accumulate, use_distributed_sampler=not smaller,
+        **(QUIET | {"devices": devices, "strategy": parallel}),
     )  # fmt: skip
-    trainer.fit(module, DataLoader(Subset(Data(), range(samples)), batch_size=4, shuffle=True))
+    if smaller:
+        module.train_dataloader = lambda: loader_of_rank(trainer.global_rank)
+        trainer.fit(module)
+    else:
+        trainer.fit(module, DataLoader(Subset(Data(), range(samples)), batch_size=4, shuffle=True))
+
+
+def loader_of_rank(rank):
+    """Three batches of 4 samples on one rank, and of 3 on the other."""
+    size = 4 - rank
+    return DataLoader(Subset(Data(), range(12 * rank, 12 * rank + 3 * size)), batch_size=size)
 
 
 def main() -> None:

@@ -35,11 +35,18 @@ HERE = Path(__file__).parent
 PLANS = [Plan(block=3, chunk=3, passes=3), Plan(3, 1, 3), Plan(1, 1, 6), Plan(2, 1, 4), Plan(2, 2, 4)]
 
 
-def gram_on_rank(rank: int, ranks: int, store: str, out: str) -> None:
+def join(rank: int, ranks: int, backend: str, store: str) -> Ranks:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    together = joined(torch.device("cpu"))
-    mine = {name: part[rank * 3 : rank * 3 + 3] for name, part in rows_of_all(ranks).items()}
+    device = torch.device("cpu" if backend == "gloo" else f"cuda:{rank}")
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=ranks)
+    return joined(device)
+
+
+def gram_on_rank(rank: int, ranks: int, backend: str, store: str, out: str) -> None:
+    together = join(rank, ranks, backend, store)
+    mine = {name: part[rank * 3 : rank * 3 + 3].to(together.device) for name, part in rows_of_all(ranks).items()}
     computed: list[dict[str, torch.Tensor]] = []
 
     def compute(start: int, stop: int) -> dict[str, torch.Tensor]:
@@ -76,10 +83,15 @@ def rows_of_all(ranks: int) -> dict[str, torch.Tensor]:
     return rows | {"double": torch.randn(3 * ranks, 5, generator=generator).double()}
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_gram_over_ranks_is_that_of_all_rows(ranks, tmp_path):
-    mp.spawn(gram_on_rank, args=(ranks, str(tmp_path / "store"), str(tmp_path)), nprocs=ranks)
-    outcomes = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
+ON_GPUS = pytest.param(
+    torch.cuda.device_count(), "nccl", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+)
+
+
+@pytest.mark.parametrize(("ranks", "backend"), [(2, "gloo"), (3, "gloo"), ON_GPUS])
+def test_gram_over_ranks_is_that_of_all_rows(ranks, backend, tmp_path):
+    mp.spawn(gram_on_rank, args=(ranks, backend, str(tmp_path / "store"), str(tmp_path)), nprocs=ranks)
+    outcomes = [torch.load(tmp_path / f"{rank}.pt", map_location="cpu") for rank in range(ranks)]
     for rank, (results, decisions, computed) in enumerate(outcomes):
         for i, (made, (grams, sent, most)) in enumerate(zip(PLANS, results, strict=True)):
             for name, part in rows_of_all(ranks).items():
@@ -102,9 +114,7 @@ MODELS = (
 
 
 def engines_on_rank(rank: int, ranks: int, store: str, out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    together = joined(torch.device("cpu"))
+    together = join(rank, ranks, "gloo", store)
     results: dict[str, Any] = {}
     said = logging.handlers.BufferingHandler(100)
     logging.getLogger("lightning_gradconf").setLevel(logging.INFO)
@@ -203,6 +213,14 @@ RUNS = {
         "noise": False, "accumulate": 2, "confusion": RIDE | {"reuse_backward": False},
     },
     "riding, three ranks": {"noise": False, "devices": 3, "samples": 22, "confusion": RIDE | {"num_units": 2}},
+    **{
+        f"smaller batches on one rank, {word}": {"noise": False, "smaller": True} | confusion
+        for word, confusion in {
+            "without": {},
+            "with": {"confusion": EVERY},
+            "ridden on": {"confusion": EVERY | {"reuse_backward": True}},
+        }.items()
+    },
     **{f"riding, broken {stage}": {"noise": False, "confusion": RIDE, "fail": stage} for stage in RIDE_STAGES},
 }  # fmt: skip
 # Lightning starts the ranks of FSDP by running the script again, so that there is one run in a script.
@@ -263,6 +281,18 @@ def test_uneven_batches_on_three_ranks(left):
     assert len(measured) == 3
     assert len(measured[0]["gram"]) == 9
     assert all(rank["statistics"] == measured[0]["statistics"] for rank in measured)
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_a_rank_with_smaller_batches(reuse, left):
+    """The units of all are then as many as its own."""
+    word = "ridden on" if reuse else "with"
+    measured = left(f"smaller batches on one rank, {word}")
+    assert_no_trace(left("smaller batches on one rank, without"), measured)
+    for rank in measured:
+        assert rank["warnings"] == []
+        assert rank["passes"] == ([0] if reuse else [0, 1, 2, 3, 4, 5])
+        assert len(rank["gram"]) == 2 * 3 and rank["statistics"] == measured[0]["statistics"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
