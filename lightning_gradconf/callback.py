@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_gradconf import distributed, sampling, sharded
 from lightning_gradconf._lightning import Callback, MisconfigurationException, warn
-from lightning_gradconf.engines import Engine, gram_of_units
+from lightning_gradconf.engines import Engine, gram_of_units, in_words
 from lightning_gradconf.engines.budget import bytes_of
 from lightning_gradconf.engines.ghost import Memory
 from lightning_gradconf.engines.objective import Objective, objective
@@ -246,7 +246,7 @@ class GradientConfusionCallback(Callback):
         self._ranks = Ranks(torch.device("cpu"))
         self._sharded = False
         self._rider: Rider | None = None
-        self._riding: tuple[int, list[Unit]] | None = None
+        self._riding: tuple[int, list[Unit], list[int]] | None = None
         self._report = Report(
             self.statistics, self.per_layer, self.histogram, self.figures, self.top_pairs, self.prefix
         )
@@ -286,7 +286,7 @@ class GradientConfusionCallback(Callback):
             due = self._pending = False
         self._riding = None
         if self._rider is not None and self._rider.expect(batch, self._n if due else None):
-            self._guarded(lambda: self._board(trainer, batch, batch_idx))
+            self._guarded(lambda: self._board(trainer, pl_module, batch, batch_idx))
             return
         self._source.see(trainer, batch, batch_idx, due)
         if due and (self._n is not None or self._ranks.minimum(self._source.ready())):
@@ -357,7 +357,9 @@ class GradientConfusionCallback(Callback):
             found = self._source.units(trainer, pl_module, self._n or self.num_units, step)
             return found, self._classes(found)
 
-        with no_trace(trainer, pl_module, *self._source.drawn_from(trainer)):
+        with ExitStack() as stack:
+            isolated = no_trace(trainer, pl_module, *self._source.drawn_from(trainer))
+            self._ranks.on_all(lambda: stack.enter_context(isolated))
             prepared = self._ranks.on_all(prepare)
             n = self._ranks.minimum(-1 if prepared is None else len(prepared[0]))
             if prepared is None or n < 0:  # the module skips this batch
@@ -402,11 +404,16 @@ class GradientConfusionCallback(Callback):
                 return distributed.gram_of_units(self._ranks, *how, **options, usual=usual, memory=self._memory)
             return gram_of_units(*how, **options, usual=usual, memory=self._memory)
 
-    def _board(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
+    def _board(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep what is to be told of the units that a ride measures, before training_step may write to them."""
+
+        def read() -> tuple[list[Unit], list[int]]:
+            with no_trace(trainer, pl_module):
+                units = sampling.units_of(batch, batch_idx, self.unit_size, self._n)
+                return units, self._classes(units)
+
         told = self.top_pairs > 0 or self.labels is not None
-        cut = partial(sampling.units_of, batch, batch_idx, self.unit_size, self._n)
-        self._riding = (_step(trainer), self._ranks.on_all(cut) if told else [])
+        self._riding = (_step(trainer), *(self._ranks.on_all(read) if told else ([], [])))
 
     def _arrive(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was measured on the way, at the step whose weights it belongs to."""
@@ -414,7 +421,7 @@ class GradientConfusionCallback(Callback):
         grams, riding = self._rider.result(), self._riding
         if riding is None:
             return
-        step, units = riding
+        step, units, classes = riding
         self._pending = True  # until there is a measurement
         overflow = (
             getattr(trainer.precision_plugin, "scaler", None) is not None
@@ -424,8 +431,6 @@ class GradientConfusionCallback(Callback):
         if grams is None or overflow:  # a GradScaler tries scales that are too large
             return
         self._pending, self._measured_at, self._failures = False, step, 0
-        with no_trace(trainer, pl_module) if self.labels is not None else nullcontext():
-            classes = self._ranks.on_all(lambda: self._classes(units))
         measured = self._described(trainer, Measurement(grams, int(self.unit_size), step), units, classes)
         self._guarded(lambda: self._log(trainer, pl_module, measured), logging=True)
 
@@ -521,7 +526,6 @@ class GradientConfusionCallback(Callback):
         try:
             action()
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
             what, advice = "logging a measurement failed", "The values are in last_statistics."
             if not logging:  # of which a logger's rank alone knows, so it cannot switch anything off
                 self._failures += 1
@@ -534,9 +538,7 @@ class GradientConfusionCallback(Callback):
                         "gradient_gram on this module and a batch."
                     ),
                 )
-            self._warn_once(
-                f"{what} and training goes on as without it. {type(error).__name__}: {first}. {advice}", all_ranks=True
-            )
+            self._warn_once(f"{what} and training goes on as without it. {in_words(error)}. {advice}", all_ranks=True)
 
     def _warn_once(self, message: str, detail: str = "", all_ranks: bool = False) -> None:
         if message not in self._warned:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from lightning_gradconf.engines import ghost, loop, reason, say_why, vmap
+from lightning_gradconf.engines import ghost, in_words, loop, say_why, vmap
 from lightning_gradconf.engines.blocks import Plan, Progress, Rows, blockwise, least, plan, repeatable
 from lightning_gradconf.engines.budget import bytes_for_gradients, units_at_once
 from lightning_gradconf.engines.contraction import Workspace
@@ -80,7 +80,7 @@ def gram_of_units(
                     say_why(target, faster, reasons)
                     return grams, faster
                 except Exception as error:  # the user's own comes up again in the loop
-                    reasons.append(reason(faster, error))
+                    reasons.append(f"{faster}: {in_words(error)}")
         grams = measured(name)
         say_why(target, name, reasons)
         return grams, name

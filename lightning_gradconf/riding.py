@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lightning_gradconf.distributed import gram_of_factors
-from lightning_gradconf.engines import ghost
+from lightning_gradconf.engines import ghost, in_words
 from lightning_gradconf.engines.layers import MeasuredLayers
 from lightning_gradconf.engines.objective import Objective, objective
 from lightning_gradconf.engines.ride import Ride, board, root_of
@@ -70,7 +70,7 @@ class Rider:
                     ghost.unit_grams(target, split(copy_of(batch), self.unit_size), self.unit_size, self.memory)
             self._size, self._first = size, None
         except Exception as error:
-            self._give_up(_in_words(error))
+            self._give_up(in_words(error))
 
     def expect(self, batch: Any, n: int | None) -> bool:
         """Whether the coming backward pass can be ridden on to measure n units of the batch."""
@@ -108,7 +108,7 @@ class Rider:
             if self._first is not None:
                 self._ride.listen(root)
         except Exception as error:
-            self._reason = _in_words(error)
+            self._reason = in_words(error)
 
     def on_after_backward(self) -> None:
         """Get off, so that nothing of the graph is kept."""
@@ -126,7 +126,7 @@ class Rider:
             try:
                 grams = self._grams(ride, first, reason)
             except Exception as error:
-                reason = _in_words(error)
+                reason = in_words(error)
         if first is None:
             if ride is not None:
                 self._sizes.add(size)
@@ -165,7 +165,3 @@ class Rider:
             f"reuse_backward=True cannot ride on the backward pass of this run, which takes passes of its own to be "
             f"measured: {reason}. Leave reuse_backward=False to do so without trying."
         )
-
-
-def _in_words(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

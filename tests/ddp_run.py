@@ -25,6 +25,7 @@ from lightning_gradconf import (
     callback,
     distributed,
     factors,
+    probe,
     report,
     riding,
     sampling,
@@ -107,6 +108,7 @@ class Break(pl.Callback):
             raise RuntimeError("broken on rank 1")
 
         owner, name = {
+            "isolation": (probe, "untouched"),
             "sampling": (source, "units_of"),
             "preparation": (callback, "prepare_step"),
             "plan": (distributed, "bytes_for_gradients"),

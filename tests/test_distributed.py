@@ -181,7 +181,7 @@ OPTIONS = {
     "static graph": {"static_graph": True},
     "buckets as gradients": {"gradient_as_bucket_view": True},
 }
-STAGES = ["sampling", "preparation", "plan", "forward", "block", "statistics"]
+STAGES = ["isolation", "sampling", "preparation", "plan", "forward", "block", "statistics"]
 # Room for 3 of the 4 gradients: two are held, and the other two computed again.
 BLOCKS = {"engine": "loop", "memory_budget": 1500}
 # The first batch is measured in a pass of its own, with all of its 4 samples.

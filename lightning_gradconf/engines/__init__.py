@@ -152,16 +152,16 @@ def gram_of_units(
             except Exception as error:
                 if name == "loop" or engine != "auto":
                     raise
-                reasons.append(reason(name, error))
+                reasons.append(f"{name}: {in_words(error)}")
     say_why(target, name, reasons)  # only now: an error that is the user's own has come up again in the loop
     if memory is not None:
         memory.engine = name
     return grams, name
 
 
-def reason(engine: str, error: Exception) -> str:
-    """Return why an engine does not apply, in a few words."""
-    return f"{engine}: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
+def in_words(error: Exception) -> str:
+    """Return the kind of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def say_why(target: Objective, engine: str, reasons: Sequence[str]) -> None:
