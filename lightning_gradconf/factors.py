@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -53,18 +54,21 @@ def partial_grams(ranks: Ranks, factors: Factors, work: Workspace) -> dict[str, 
     described = ranks.gather([{name: [_shapes(part) for part in parts] for name, parts in factors.items()}])
     if any(_without_rows(one) != _without_rows(described[0]) for one in described):
         raise RuntimeError("the ranks use their parameters in different ways")
-    owners = _owners(described)
     grams: dict[str, Tensor] = {}
     failed: Exception | None = None
-    for name in list(factors):
-        owner = owners[name]
-        parts = [
-            _gathered(ranks, part, [one[name][j] for one in described], owner)
-            for j, part in enumerate(factors.pop(name))
-        ]
-        if owner == ranks.rank and failed is None:
+    for names in zip_longest(*_shares(described)):  # one for each rank, so that all contract at the same time
+        found = {
+            name: [
+                _gathered(ranks, part, [one[name][j] for one in described], owner)
+                for j, part in enumerate(factors.pop(name))
+            ]
+            for owner, name in enumerate(names)
+            if name is not None
+        }
+        mine = names[ranks.rank]
+        if mine is not None and failed is None:
             try:
-                grams[name] = gram_of_sum([_joined(part, of_ranks, ranks.size) for part, of_ranks in parts], work)
+                grams[mine] = gram_of_sum([_joined(part, of_ranks, ranks.size) for part, of_ranks in found[mine]], work)
             except Exception as error:  # the others wait for this rank in the exchanges to come
                 failed = error
     if failed is not None:
@@ -72,17 +76,16 @@ def partial_grams(ranks: Ranks, factors: Factors, work: Workspace) -> dict[str, 
     return grams
 
 
-def _owners(described: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Which rank contracts each parameter, so that all have about as much to do."""
+def _shares(described: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The parameters that each rank contracts, the largest first, so that all have about as much to do."""
     sizes = dict.fromkeys(described[0], 0)
     for of_rank in described:
         for name, parts in of_rank.items():
             sizes[name] += sum(math.prod(shape) for _, shapes in parts for _, shape in shapes.values())
-    loads, owners = [0] * len(described), {}
+    shares: list[list[str]] = [[] for _ in described]
     for name in sorted(sizes, key=lambda name: -sizes[name]):
-        owners[name] = loads.index(min(loads))
-        loads[owners[name]] += sizes[name]
-    return owners
+        min(shares, key=lambda share: sum(sizes[name] for name in share)).append(name)
+    return shares
 
 
 def _shapes(part: Contribution) -> tuple[str, dict[str, tuple[torch.dtype, list[int]]]]:

@@ -72,6 +72,8 @@ class Ranks:
 
     def add_up(self, grams: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the sums over ranks of what each of them has of the Gram of each parameter."""
+        if self.group is None:
+            return grams
         for dtype in dict.fromkeys(gram.dtype for gram in grams.values()):  # in one order on all ranks, as no set has
             names = [name for name, gram in grams.items() if gram.dtype == dtype]
             total = torch.stack([grams[name] for name in names])
