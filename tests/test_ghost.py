@@ -159,6 +159,29 @@ def test_a_gradient_that_was_zero_at_first_is_checked_when_it_comes():
     got = measure(model, cross_entropy, batch, "ghost", memory=memory)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-14)
+    batch = normal(5, 3), labels()
+    want = measure(model, cross_entropy, batch, "loop")
+    assert error(measure(model, cross_entropy, batch, "ghost", memory=memory), want) < 1e-12
+
+
+@pytest.mark.parametrize("unit_size", [1, 2])
+@pytest.mark.parametrize("lengths", [(5, 6, 5, 12), (6, 5, 4, 24), (1, 5, 6)])
+@pytest.mark.parametrize("time_first", [False, True])
+def test_as_many_steps_as_samples_may_come_later(time_first, lengths, unit_size):
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.inner(x.transpose(0, 1) if time_first else x) + self.offset
+        return self.last((self.norm(h) * self.gain).tanh()).mean(0 if time_first else 1)
+
+    parts = {"inner": nn.Linear(4, 4), "norm": nn.LayerNorm(4), "last": nn.Linear(4, 3)}
+    free = {"gain": nn.Parameter(torch.randn(4)), "offset": nn.Parameter(torch.randn(4))}
+    model, memory = Model(forward, **parts, **free).double(), Memory()
+    for length in lengths:
+        batch = normal(length, 4), labels()
+        want = measure(model, cross_entropy, batch, "loop", unit_size)
+        got = measure(model, cross_entropy, batch, "ghost", unit_size, memory)
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-14)
+    assert all(route.guess is not None for known in memory.known.values() for route in known.routes.values())
 
 
 def test_an_order_that_was_the_identity_at_first_is_noticed():

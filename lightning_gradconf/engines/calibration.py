@@ -37,6 +37,8 @@ def proven(known: Known, facts: Facts) -> bool:
 
 def still_right(task: Task, known: Known, found: Pass) -> bool:
     """Whether what was calibrated before holds for these units too."""
+    if found.missing:
+        return False
     total, facts = sum_of(found.grams), found.facts
     if not all(trust.negligible(found.grams[name], total, facts.epsilon) for name in known.unseen):
         return False
@@ -73,7 +75,8 @@ def calibrate(task: Task, memory: Memory, found: Pass) -> tuple[Known, Grams]:
                 continue  # a graph without any use of a parameter fits this too
             for scale in (float(len(task.units)), 1.0):
                 if _agrees(task, found, name, scale, samples):
-                    routes[name], grams[name] = Route(trial.guess, trial.free, scale), found.grams[name]
+                    places = frozenset(found.places[name])
+                    routes[name], grams[name] = Route(trial.guess, trial.free, scale, places), found.grams[name]
                     break
         lost = [name for name in task.objective.parameters if name not in routes]
         guess = (trial.guess or 0) + 1

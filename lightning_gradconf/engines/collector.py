@@ -27,7 +27,7 @@ from lightning_gradconf.engines.graph import Graph, Use
 from lightning_gradconf.engines.memory import Route
 from lightning_gradconf.engines.nodes import variable
 from lightning_gradconf.engines.objective import accumulation_dtype, empty_rows
-from lightning_gradconf.engines.rules import Units, contribution, wide
+from lightning_gradconf.engines.rules import Place, Units, contribution, wide
 from lightning_gradconf.engines.trust import Facts
 from lightning_gradconf.isolation import without_warnings
 
@@ -45,6 +45,7 @@ class Pass:
         factors: What these contributions are made of, if they are kept; then there are no Grams.
         missing: Why no rule applies, for all other parameters.
         guesses: In how many places the units may lie, by parameter.
+        places: Where they were taken to lie, by parameter.
         top: Parameters with no other parameter between one of their uses and the loss.
         live: How many results of each unit reach the loss.
     """
@@ -54,6 +55,7 @@ class Pass:
     factors: dict[str, list[Contribution]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     guesses: dict[str, int] = field(default_factory=dict)
+    places: dict[str, set[Place]] = field(default_factory=lambda: defaultdict(set))
     top: set[str] = field(default_factory=set)
     live: Tensor | None = None
 
@@ -138,6 +140,8 @@ class Collector:
             units = Units(self.found.facts.n, self.found.facts.k, route.guess or 0, deltas=deltas, scratch=scratch)
             try:
                 part = contribution(use.node, use.slot, delta, graphs.shape(use.source), units)
+                if not route.leads_to(units.places):
+                    raise NotImplementedError("units may lie elsewhere than before, as tensors have other sizes")
             except NotImplementedError as error:
                 self.found.missing |= {name: str(error) for name in names}
                 continue
@@ -145,6 +149,7 @@ class Collector:
                 self._count_live(part, use.slot)
             for name in names:
                 self.found.guesses[name] = max(self.found.guesses.get(name, 1), units.guesses)
+                self.found.places[name] |= units.places
             part = head(part, self._n)
             self._keep(use, copied(part) if self._copies else part)
 

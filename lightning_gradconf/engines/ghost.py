@@ -67,7 +67,8 @@ def unit_factors(
     task = _task(objective, units, unit_size, memory, room)
     kept = measure(task, memory, keep=True)
     known = memory.known.get(kept.facts.signature)
-    if known is None or known.unseen or not proven(known, kept.facts):  # their Grams are for the checks alone
+    if known is None or known.unseen or kept.missing or not proven(known, kept.facts):
+        # Their Grams are for the checks alone.
         with torch._C.DisableTorchFunction(), torch.no_grad():
             kept.grams = {name: gram_of_sum(parts, memory.work) for name, parts in kept.factors.items()}
         known, grams = _checked(task, memory, kept)
@@ -99,7 +100,8 @@ def _checked(task: Task, memory: Memory, found: Pass) -> tuple[Known, Grams]:
     known, grams = memory.known.get(found.facts.signature), found.grams
     if known is None or not still_right(task, known, found):
         try:
-            known, grams = calibrate(task, memory, found)
+            usual = found if known is None else measure(task, memory, {})
+            known, grams = calibrate(task, memory, usual)
         except RuntimeError as error:
             if not grams or sum_of(grams).isfinite().all():  # otherwise it may do next time
                 memory.refused = str(error)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from lightning_gradconf.engines.contraction import Workspace
+from lightning_gradconf.engines.rules import Place
 from lightning_gradconf.engines.trust import Signature
 
 _KEPT = 1 << 22  # elements of the copies that are kept between measurements
@@ -21,11 +23,20 @@ class Route:
         guess: Where the units lie, as in `rules.Units`; None is the way of the other engines.
         free: Whether the first tensor that might be batched is not.
         scale: What turns a unit's contribution to the loss of all into its own loss: their number for a mean.
+        places: Where the units lay when that was found out; None is anywhere.
     """
 
     guess: int | None = 0
     free: bool = False
     scale: float = 1.0
+    places: frozenset[Place] | None = None
+
+    def leads_to(self, places: Collection[Place]) -> bool:
+        """Return whether units lie where they lay before, though tensors may have other sizes."""
+        if self.places is None:
+            return True
+        axes = {axis for axis, _ in self.places}
+        return all((axis, part) in self.places or (part == "all" and axis in axes) for axis, part in places)
 
 
 @dataclass

@@ -19,6 +19,8 @@ from lightning_gradconf.engines.contraction import Contribution, Dense, Lookup, 
 from lightning_gradconf.engines.nodes import saved
 from lightning_gradconf.engines.objective import accumulation_dtype
 
+Place = tuple[int, str]
+
 
 @dataclass
 class Units:
@@ -29,6 +31,7 @@ class Units:
         k: Samples in a unit.
         guess: Which of the possible places is taken: 0 is the outermost, 1 the innermost, then all others.
         guesses: The most places that any tensor had.
+        places: Those that were taken: the dimension, and whether the batch is all of it, its outer or its inner part.
         deltas: The gradients of all results of the node at hand, for nodes with several.
         scratch: What the operands of the node at hand have in common.
     """
@@ -37,6 +40,7 @@ class Units:
     k: int
     guess: int = 0
     guesses: int = 1
+    places: set[Place] = field(default_factory=set)
     deltas: Sequence[Tensor | None] = ()
     scratch: dict[str, Any] = field(default_factory=dict)
 
@@ -73,7 +77,11 @@ class Units:
         if not places:
             raise NotImplementedError(f"no dimension of {tuple(x.shape)} holds {self.n} units of {self.k} samples")
         self.guesses = max(self.guesses, len(places))
-        return places[min(self.guess, len(places) - 1)]
+        axis, outer = places[min(self.guess, len(places) - 1)]
+        repeats = x.shape[axis] // (self.n * self.k)
+        inner = "inner" if outer == repeats else f"inside {outer}"
+        self.places.add((axis, "all" if repeats == 1 else "outer" if outer == 1 else inner))
+        return axis, outer
 
 
 Rule = Callable[[Node, int, Tensor, tuple[int, ...], Units], Contribution]
