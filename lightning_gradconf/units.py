@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -154,6 +155,45 @@ def stack(units: Sequence[Any]) -> tuple[list[Tensor], Callable[[Sequence[Tensor
         return _map(lambda leaf: next(remaining) if isinstance(leaf, Tensor) else leaf, units[0])
 
     return tensors, unit
+
+
+def differ_beside_tensors(units: Sequence[Any]) -> bool:
+    """Return whether something in the units that is neither a tensor nor text differs, such as a list of lengths."""
+    if all(isinstance(leaf, Tensor) for _, leaf in _leaves(units[0])):
+        return False
+    columns = zip(*([leaf for _, leaf in _leaves(unit) if not isinstance(leaf, Tensor)] for unit in units), strict=True)
+    return any(not _same(leaf, first) for first, *others in columns for leaf in others)
+
+
+def traits(units: Sequence[Any]) -> list[list[float]]:
+    """Return one number of each unit for each entry of the batch, such as its length, class or share of padding.
+
+    >>> traits(split((torch.zeros(2, 3), torch.tensor([4, 7])), unit_size=1))
+    [[0.0, 0.0], [4.0, 7.0]]
+    """
+    columns = zip(*([leaf for _, leaf in _leaves(unit)] for unit in units), strict=True)
+    return [found for column in columns if (found := _sums(column)) is not None]
+
+
+def _sums(column: Sequence[Any]) -> list[float] | None:
+    try:
+        if isinstance(column[0], Tensor):
+            sums: list[float] = torch.stack([leaf.sum().double() for leaf in column]).tolist()
+            return sums
+        return [float(sum(leaf)) if isinstance(leaf, list | tuple) else float(leaf) for leaf in column]
+    except (TypeError, ValueError, RuntimeError):  # no numbers
+        return None
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b or isinstance(a, str | bytes | os.PathLike):
+        return True
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    try:
+        return bool(a == b)
+    except Exception:  # an array, for one
+        return False
 
 
 def _lists_of_samples(batch: Any) -> int | None:

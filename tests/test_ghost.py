@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -191,6 +192,150 @@ def test_an_order_that_was_the_identity_at_first_is_noticed():
     for batch in ((x, y), (x[[0, 2, 1, 3, 4, 5]], y)):
         got = measure(model, loss, batch, "auto", memory=memory)
         assert error(got, measure(model, loss, batch, "loop")) < 1e-12
+
+
+def two_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def of_each(module: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1], reduction="none")
+
+
+def flooding(module: nn.Module, batch: Any, at: float) -> Tensor:
+    return (cross_entropy(module, batch) - at).abs() + at
+
+
+def weights_that_are_learned(module: nn.Module, batch: Any, at: float) -> Tensor:
+    with torch.no_grad():
+        module.gate.fill_(at)
+    weights = (module[0](batch[0])[:, 0] * module.gate).sigmoid()
+    return (weights * of_each(module, batch)).sum() / weights.sum()
+
+
+def samples_mixed_before(module: nn.Module, batch: Any, at: float) -> Tensor:
+    return cross_entropy(module, ((1 - at) * batch[0] + at * batch[0].roll(1, 0), batch[1]))
+
+
+def samples_mixed_after_a_while(module: nn.Module, batch: Any, at: float) -> Tensor:
+    return samples_mixed_before(module, batch, at) if at else cross_entropy(module, batch)
+
+
+def clipped_by_the_largest(module: nn.Module, batch: Any, at: float) -> Tensor:
+    h = module[0](batch[0])
+    return F.cross_entropy(module[2](h / h.detach().abs().amax().clamp_min(100 - 100 * at)), batch[1])
+
+
+def gate_to_the_mean(module: nn.Module, batch: Any, at: float) -> Tensor:
+    with torch.no_grad():
+        module.gate.fill_(at)
+    h = module[0](batch[0]).tanh()
+    return F.cross_entropy(module[2](h + module.gate * (h.mean(0) - h)), batch[1])
+
+
+LATER: dict[str, tuple[Callable[..., Tensor], float]] = {
+    "flooding": (flooding, 1.1),
+    "learned weights": (weights_that_are_learned, 3.0),
+    "samples mixed": (samples_mixed_before, 0.4),
+    "samples mixed after a while": (samples_mixed_after_a_while, 0.4),
+    "statistic of the batch": (clipped_by_the_largest, 1.0),
+    "gate": (gate_to_the_mean, 0.7),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_units_that_mix_only_later(name):
+    """At first all gradients are right in one pass, and the nodes of the graph never change."""
+    loss, later = LATER[name]
+    torch.manual_seed(0)
+    model, memory = two_layers(), Memory()
+    if name in ("gate", "learned weights"):
+        model.gate = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    for setting in (0.0, 0.0, later, later):
+        batch = normal(4), labels()
+        now = partial(loss, at=setting)
+        want = measure(model, now, batch, "loop")
+        got, engine = gram_of_units(objective(model, now), split(batch, 1), 1, memory=memory)
+        assert error(got, want) < 1e-12
+        assert (engine == "ghost") == (setting == 0)
+
+
+def root_of_a_mean(module: nn.Module, x: Tensor) -> Tensor:
+    return (module(x) - x[:, :3].sign()).square().mean() ** 0.5
+
+
+def test_a_root_of_a_mean_is_noticed_when_units_differ():
+    model, memory = nn.Linear(4, 3).double(), Memory()
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    for _ in range(2):
+        x = normal(4)
+        want = measure(model, root_of_a_mean, x, "loop")
+        assert error(measure(model, root_of_a_mean, x, "auto", memory=memory), want) < 1e-12
+        nn.init.normal_(model.weight)
+
+
+def test_a_sum_over_targets_is_noticed_when_units_have_more_or_less_of_them():
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(module(x).flatten(0, 1), y.flatten(), reduction="sum") / (y != -100).sum().clamp_min(1)
+
+    model, memory = nn.Linear(4, 3).double(), Memory()
+    for lengths in ([4] * 6, [5, 3, 4, 4, 3, 5]):  # as many in all
+        x, mask = padded(lengths)
+        batch = x, torch.randint(3, (6, 5)).masked_fill(mask == 0, -100)
+        want = measure(model, loss, batch, "loop")
+        assert error(measure(model, loss, batch, "auto", memory=memory), want) < 1e-12
+
+
+LEFT_OUT: dict[str, Callable[[Tensor], Tensor]] = {
+    "all but the worst": lambda losses: losses.max(),
+    "all but the first": lambda losses: losses[0],
+    "the better half": lambda losses: (losses * (losses.detach() >= losses.detach().median())).mean(),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_units_that_the_loss_of_all_leaves_out(name):
+    model, batch = two_layers(), (normal(4), labels())
+
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        return LEFT_OUT[name](of_each(module, batch))
+
+    assert error(gradient_gram(model, loss, batch), measure(model, loss, batch, "loop")) < 1e-12
+
+
+CUTS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "slice": lambda x, lengths: x[:, : lengths.max()],
+    "narrow": lambda x, lengths: x.narrow(1, 0, lengths.max()),
+    "arange": lambda x, lengths: x.index_select(1, torch.arange(lengths.max())),
+    "list": lambda x, lengths: x[:, : max(lengths)],
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_lengths_that_differ_later_are_noticed(cut):
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        return module(CUTS[cut](batch["x"], batch["lengths"])).square().mean()
+
+    model, memory = nn.Linear(4, 3).double(), Memory()
+    for lengths in ([5] * 6, [5, 1, 3, 2, 4, 5]):
+        batch = {"x": normal(5, 4), "lengths": lengths if cut == "list" else torch.tensor(lengths)}
+        want = measure(model, loss, batch, "loop")
+        assert error(measure(model, loss, batch, "auto", memory=memory), want) < 1e-12
+
+
+def test_what_is_computed_for_a_metric_costs_no_check(monkeypatch):
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        x, y = batch
+        out = module(x.flip(1).flatten(1))
+        module.hits = (out.argmax(1) == y).double().mean()
+        return F.cross_entropy(out, y)
+
+    model, batch, memory = two_layers(), (normal(2, 2), labels()), Memory()
+    measure(model, loss, batch, "ghost", memory=memory)
+    monkeypatch.setattr(loop, "unit_gradients", None)
+    measure(model, loss, batch, "ghost", memory=memory)
 
 
 def test_frozen_parts_may_change_between_measurements():

@@ -11,6 +11,7 @@ from lightning_gradconf.engines.memory import Known, Memory, Route
 from lightning_gradconf.engines.objective import Objective, contract
 from lightning_gradconf.engines.one_pass import Task, measure
 from lightning_gradconf.engines.trust import Facts
+from lightning_gradconf.units import traits
 
 _GUESSES = 6
 _SAMPLES = 4
@@ -32,7 +33,7 @@ class Sample:
 
 def proven(known: Known, facts: Facts) -> bool:
     """Whether the graph leaves no room for the data to weigh units, so that what was calibrated holds for all."""
-    return facts.proven and facts.constants == known.constants
+    return facts.proven and not known.mixes and facts.constants == known.constants
 
 
 def still_right(task: Task, known: Known, found: Pass) -> bool:
@@ -44,7 +45,7 @@ def still_right(task: Task, known: Known, found: Pass) -> bool:
         return False
     if proven(known, facts):
         return True
-    sample = _truth(task, trust.extremes(total, found.live, 2))
+    sample = _truth(task, trust.extremes(total, found.live, 2, traits(task.units)))
     return all(
         sample.fits(found, name, route.scale, strictly=name in found.top)
         for name, route in known.routes.items()
@@ -94,13 +95,14 @@ def calibrate(task: Task, memory: Memory, found: Pass) -> tuple[Known, Grams]:
         )
     total, epsilon = sum_of(grams), first.facts.epsilon
     unseen = {name for name in grams if name in first.guesses and trust.negligible(grams[name], total, epsilon)}
-    return Known(routes | {name: Route(None) for name in lost}, unseen, first.facts.constants), grams
+    mixes = any(name in first.grams for name in lost)
+    return Known(routes | {name: Route(None) for name in lost}, unseen, first.facts.constants, mixes), grams
 
 
 def _first_sample(task: Task, found: Pass) -> Sample:
     """The units that differ most, and some on which parameters have a gradient that have none on those."""
     total = sum_of(found.grams)
-    sample = _truth(task, trust.extremes(total, found.live, 3))
+    sample = _truth(task, trust.extremes(total, found.live, 3, traits(task.units)))
     for _ in range(3):  # such as an expert that none of them asked
         if (unit := _telling_unit(found, sample)) is None:
             break

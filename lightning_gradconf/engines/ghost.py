@@ -107,7 +107,7 @@ def _checked(task: Task, memory: Memory, found: Pass) -> tuple[Known, Grams]:
                 memory.refused = str(error)
             raise
         memory.known[found.facts.signature] = known
-    known.kinds = found.facts.kinds if found.facts.proven else None
+    known.kinds = found.facts.kinds if found.facts.proven and not known.mixes else None
     return known, grams
 
 

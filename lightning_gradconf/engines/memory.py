@@ -47,12 +47,14 @@ class Known:
         routes: Of each parameter.
         unseen: The parameters that had no gradient when they were to be checked.
         constants: What the loss was multiplied or divided by.
+        mixes: Whether the loss mixes units, though for now only the gradients of few parameters show it.
         kinds: How many nodes of each kind there are, if the graph leaves no room for the data to weigh units.
     """
 
     routes: dict[str, Route]
     unseen: set[str]
     constants: tuple[float, ...]
+    mixes: bool = False
     kinds: Counter[str] | None = None
 
 

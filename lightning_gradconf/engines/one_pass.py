@@ -49,14 +49,15 @@ def measure(task: Task, memory: Memory, routes: dict[str, Route] | None = None, 
         leaves = {name: memory.copy(name, p).requires_grad_() for name, p in objective.parameters.items()}
         constants = {name: memory.copy(name, t) for name, t in objective.constants.items()}
         joint = batches.join(task.units)
-    reads = Reads()
+    reads = Reads(n * k, (*leaves.values(), *constants.values()))
+    reads.happened = batches.differ_beside_tensors(task.units)
 
     def differentiate(loss: Tensor) -> Pass:
         reads.stop()
         with torch._C.DisableTorchFunction():
             graph = graphs.read(loss.grad_fn, leaves, n * k)
             facts = trust.facts(graph, n, k)
-            facts = replace(facts, proven=facts.proven and not reads.happened)
+            facts = replace(facts, proven=facts.proven and not reads.happened and not reads.mixed)
             known = memory.known.get(facts.signature)
             chosen = routes if routes is not None else known.routes if known is not None else {}
             if free := {name for name, route in chosen.items() if route.free}:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -53,8 +52,16 @@ _ALIKE = {
     "SqueezeBackward1", "SubBackward0", "SumBackward0", "SumBackward1", "TanhBackward0", "ToCopyBackward0",
     "TransposeBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0", "ViewBackward0",
 }  # fmt: skip
+# Of these, the ones that treat them alike also when they have been added up.
+_SUMS = {"MeanBackward0", "MeanBackward1", "SumBackward0", "SumBackward1"}
+_LINEAR = _SUMS | {
+    "AddBackward0", "AliasBackward0", "CloneBackward0", "NegBackward0", "PermuteBackward0", "ReshapeAliasBackward0",
+    "SelectBackward0", "SliceBackward0", "SqueezeBackward0", "SqueezeBackward1", "SubBackward0", "ToCopyBackward0",
+    "TransposeBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0", "ViewBackward0",
+}  # fmt: skip
 MASK = "product with data"
 _PRODUCTS = {"MulBackward0", "DivBackward0"}
+_OF_TARGETS = {"NllLossBackward0", "NllLoss2DBackward0"}
 # These may carry values from one unit to another, depending on the data: along one dimension, or anywhere.
 _ALONG = {"IndexSelectBackward0", "GatherBackward0", "SortBackward0", "TopkBackward0", "CumsumBackward0"}
 _ANYWHERE = ("Index", "Gather", "Scatter", "MaskedS", "Take", "PackPadded", "Sort", "Topk", "Put", "Unique")
@@ -62,7 +69,8 @@ _ANYWHERE = ("Index", "Gather", "Scatter", "MaskedS", "Take", "PackPadded", "Sor
 
 def facts(graph: Graph, n: int, k: int) -> Facts:
     """Return what there is to know about a graph of n units of k samples."""
-    return Facts(n, k, _signature(graph, n, k), _constants(graph), _epsilon(graph), _kinds(graph), _is_proven(graph))
+    proven = _is_proven(graph, n, k)
+    return Facts(n, k, _signature(graph, n, k), _constants(graph), _epsilon(graph), _kinds(graph), proven)
 
 
 def _signature(graph: Graph, n: int, k: int) -> Signature:
@@ -72,7 +80,7 @@ def _signature(graph: Graph, n: int, k: int) -> Signature:
 
 def weighs_units(graph: Graph, n: int) -> bool:
     """Whether units have different numbers of targets in a mean over targets."""
-    return any(_weights_by_unit(node, n) is not None for node in graph.tail)
+    return any(_takes_mean(node) and _weights_by_unit(node, n) is not None for node in graph.tail)
 
 
 def _kinds(graph: Graph) -> Counter[str]:
@@ -105,16 +113,38 @@ def _epsilon(graph: Graph) -> float:
     return max((torch.finfo(dtype).eps for dtype in kinds), default=0.0)
 
 
-def _is_proven(graph: Graph) -> bool:
-    for node in graph.tail:
+def _is_proven(graph: Graph, n: int, k: int) -> bool:
+    tail, nodes = set(graph.tail), set(graph.nodes)
+    summed: set[Node] = set()  # where units have been added up
+    for node in (node for node in graph.nodes if node in tail):
         name = node.name()
         if name in _PRODUCTS:
             value = _constant(node)
             if value is not None and value.numel() != 1:
                 return False
-        elif name not in _ALIKE:
+        elif name not in _ALIKE or (not _takes_mean(node) and _weights_by_unit(node, n) is not None):
             return False
+        below = [child for child, _ in node.next_functions if child in nodes]
+        if any(child in summed for child in below):
+            by_data = len(below) > 1 or (name == "DivBackward0" and below[0] is not node.next_functions[0][0])
+            if by_data if name in _PRODUCTS else name not in _LINEAR:
+                return False
+            summed.add(node)
+        elif _adds_units(node, n * k):
+            summed.add(node)
     return not any(isinstance(node, BackwardCFunction) for node in graph.nodes)
+
+
+def _adds_units(node: Node, batch: int) -> bool:
+    """Whether no dimension of the result can be that of the batch, or one that might be is summed over."""
+    result = graphs.shape((node, 0))
+    if not _multiples(result, batch):
+        return True
+    return node.name() in _SUMS and _multiples(graphs.shape(node.next_functions[0]), batch) > _multiples(result, batch)
+
+
+def _multiples(sizes: Sequence[int], batch: int) -> int:
+    return sum(size > 0 and size % batch == 0 for size in sizes)
 
 
 def carries_between_units(graph: Graph, n: int, k: int) -> str | None:
@@ -162,7 +192,7 @@ def _constant(node: Node) -> Tensor | None:
 def equalise(graph: Graph, n: int) -> None:
     """Let each unit count as much as any other in a mean over targets, however many of its targets are ignored."""
     for node in graph.tail:
-        if (weights := _weights_by_unit(node, n)) is not None:
+        if _takes_mean(node) and (weights := _weights_by_unit(node, n)) is not None:
             node.register_hook(_rescale(weights.sum() / (n * weights)))
 
 
@@ -177,9 +207,13 @@ def _rescale(factors: Tensor) -> Callable[[tuple[Tensor | None, ...], Any], tupl
     return hook
 
 
+def _takes_mean(node: Node) -> bool:
+    return node.name() in _OF_TARGETS and saved(node, "reduction") == 1
+
+
 def _weights_by_unit(node: Node, n: int) -> Tensor | None:
-    """How much the targets of each unit weigh in a mean, or None where all weigh the same."""
-    if node.name() not in ("NllLossBackward0", "NllLoss2DBackward0") or saved(node, "reduction") != 1:
+    """How much the targets of each unit weigh, or None where all weigh the same."""
+    if node.name() not in _OF_TARGETS:
         return None
     target, weight, ignored = saved(node, "target"), saved(node, "weight"), saved(node, "ignore_index")
     if target.dim() == 0 or target.shape[0] % n:
@@ -191,17 +225,25 @@ def _weights_by_unit(node: Node, n: int) -> Tensor | None:
     return None if bool((sums == sums[0]).all()) else sums
 
 
-def extremes(total: Tensor, live: Tensor | None, count: int) -> list[int]:
+def extremes(total: Tensor, live: Tensor | None, count: int, traits: Iterable[Sequence[float]] = ()) -> list[int]:
     """Return units that differ most: in how much of them reaches the loss, and in the size of their gradients.
 
-    A factor that depends on the unit, such as the share of padding, is seen on these if on any.
+    A factor that depends on the unit, such as the share of padding, is seen on these if on any. If some units have no
+    gradient, one of them comes with the others: the loss may have left out what alone would have a gradient. And no
+    trait that differs between units, such as their length, is the same in all of these.
     """
     norms = total.diagonal()
     live = torch.zeros_like(norms) if live is None else live
     order = sorted(range(len(norms)), key=lambda i: (float(norms[i]) > 0, float(live[i]), float(norms[i])))
+    silent = [i for i in order if float(norms[i]) == 0]
     order = [i for i in order if float(norms[i]) > 0] or order
     ends = [order[0], order[-1], order[len(order) // 2], order[len(order) // 3]]
-    return sorted(list(dict.fromkeys(ends))[:count])
+    chosen = {*list(dict.fromkeys(ends))[:count], *silent[:1]}
+    for trait in traits:
+        here = trait[order[0]]
+        if all(trait[i] == here for i in chosen):
+            chosen.add(max(range(len(trait)), key=lambda i: abs(trait[i] - here)))
+    return sorted(chosen)
 
 
 def fits(gram: Tensor, truth: Tensor, total: Tensor, epsilon: float, strictly: bool) -> bool:
@@ -235,46 +277,105 @@ def _dtype_of(epsilon: float) -> torch.dtype:
 
 
 class Reads(TorchFunctionMode):
-    """Notices where Python looks at the values of tensors, and may act on what it sees.
+    """Notices where Python looks at the values of tensors, and where samples are mixed without a gradient.
+
+    Args:
+        batch: The number of samples.
+        own: The tensors of the module, which hold no samples.
 
     Attributes:
         happened: A value was read.
         branched: The truth of something that depends on parameters was asked for.
+        mixed: What was computed from several samples without a gradient took part in what has one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batch: int, own: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.happened = self.branched = False
+        self.happened = self.branched = self.mixed = False
+        self._batch = batch
+        self._own = {id(tensor) for tensor in own}
         self._listens = True
         self._computed = WeakIdKeyDictionary()
+        self._of_several = WeakIdKeyDictionary()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Call ``func``, and remember which results without a gradient depend on parameters all the same."""
+        """Call ``func``, and remember where results without a gradient come from."""
         result = func(*args, **(kwargs or {}))
-        if not self._listens or func in _QUIET:
-            return result
+        if self._listens and func not in _QUIET:
+            with torch._C.DisableTorchFunction():  # other modes need not see what is asked here
+                self._notice(func, (*args, *(kwargs or {}).values()), result)
+        return result
+
+    def _notice(self, func: Callable[..., Any], arguments: Sequence[Any], result: Any) -> None:
+        inputs = [*_tensors(arguments)]
         if func in _READS or (isinstance(result, bool) and func in _TESTS):
             self.happened = True
-            if isinstance(result, bool) and self._depends(args):
+            if isinstance(result, bool) and self._depends(inputs):
                 self.branched = True
-        elif isinstance(result, Tensor) and not result.requires_grad and self._depends(args, kwargs):
-            self._computed[result] = True
-        return result
+        elif any(not (v.dim() or v.is_floating_point()) for v in inputs[func not in _FACTORIES :]):
+            self.happened = True  # it may be a size
+        for output in _tensors((arguments[0] if func is Tensor.__setitem__ else result,)):
+            if output.requires_grad:
+                self.mixed = self.mixed or any(v in self._of_several for v in inputs)
+                continue
+            if self._depends(inputs):
+                self._computed[output] = True
+            if any(v in self._of_several or self._mixes(func, arguments, v, output) for v in inputs):
+                self._of_several[output] = True
 
     def stop(self) -> None:
         """Notice nothing from now on."""
         self._listens = False
 
-    def _depends(self, args: Iterable[Any], kwargs: Mapping[str, Any] | None = None) -> bool:
-        values = chain(args, (kwargs or {}).values())
-        return any(isinstance(v, Tensor) and (v.requires_grad or v in self._computed) for v in values)
+    def _depends(self, inputs: Iterable[Tensor]) -> bool:
+        return any(v.requires_grad or v in self._computed for v in inputs)
+
+    def _mixes(self, func: Callable[..., Any], arguments: Sequence[Any], v: Tensor, output: Tensor) -> bool:
+        """Whether an entry of ``output`` may come from several samples of ``v``, or from another one than it was."""
+        if v.dim() == 0:
+            return v.requires_grad and id(v) not in self._own  # a loss
+        samples = v.shape[0]
+        if not samples or samples % self._batch or id(v) in self._own:
+            return False
+        if output.numel() != v.numel():
+            return samples not in output.shape
+        if func is Tensor.__getitem__:
+            index = arguments[1]
+            return isinstance(index[0] if isinstance(index, tuple) and index else index, Tensor | list)
+        numbers = [a for value in arguments[1:] for a in (value if isinstance(value, tuple | list) else [value])]
+        along = [a for a in numbers if type(a) is int]
+        return func in _MOVES and (0 in along or (not along and (v.dim() == 1 or func not in _ALONG_LAST)))
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among arguments of a function, or its results."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list) and (len(value) < 16 or isinstance(value[0], Tensor)):
+            yield from _tensors(value)
+        elif isinstance(value, slice):
+            yield from _tensors((value.start, value.stop, value.step))
 
 
 _READS = {
     Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.__complex__, Tensor.__contains__,
     Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__,
+    Tensor.nonzero, Tensor.unique, Tensor.bincount, torch.nonzero, torch.unique, torch.bincount,
 }  # fmt: skip
 _TESTS = {torch.equal, torch.allclose, torch.is_nonzero, Tensor.equal, Tensor.allclose, Tensor.is_nonzero}
+_FACTORIES = {torch.arange, torch.empty, torch.eye, torch.full, torch.ones, torch.zeros}
+# These keep the shape and may carry values from one sample to another; some of them along the last dimension if none is
+# named.
+_ALONG_LAST = {
+    getattr(where, name) for where in (torch, Tensor) for name in ("argsort", "sort", "softmax", "log_softmax", "topk")
+    if hasattr(where, name)
+}  # fmt: skip
+_MOVES = _ALONG_LAST | {
+    getattr(where, name) for where in (torch, Tensor)
+    for name in ("cumprod", "cumsum", "flip", "flipud", "gather", "index_select", "roll", "take_along_dim")
+    if hasattr(where, name)
+}  # fmt: skip
 _QUIET: set[Any] = {Tensor.shape.__get__, Tensor.requires_grad.__get__, Tensor.dtype.__get__, Tensor.device.__get__}  # type: ignore[attr-defined]
