@@ -203,6 +203,38 @@ def test_an_error_of_the_users_is_raised_as_it_is_and_nothing_is_said(caplog):
     assert not caplog.records
 
 
+class Freezes(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.held[0].requires_grad_(False)  # as `toggle_optimizer` does for the parameters of another optimizer
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Freezes])
+@pytest.mark.parametrize("engine", ["auto", "loop", "vmap", "ghost"])
+def test_parameters_kept_in_a_list_are_found_or_it_is_said_that_they_are_not(engine, kind):
+    model = kind(4, 3).double()
+    model.held = [model.bias, model.weight]
+
+    def loss(module, batch):
+        return cross_entropy(module, batch) + sum(p.pow(3).sum() for p in module.held)
+
+    batch = BATCH[0].double(), BATCH[1]
+    if engine in ("vmap", "ghost"):
+        with pytest.raises(RuntimeError, match=r"takes \w+ from somewhere else|requires_grad_"):
+            gradient_gram(model, loss, batch, engine=engine)
+        return
+    got = gradient_gram(model, loss, batch, engine=engine)
+    rows = []
+    for x, y in zip(batch[0].split(1), batch[1].split(1), strict=True):
+        twin = nn.Linear(4, 3).double()
+        twin.load_state_dict(model.state_dict())
+        twin.held = [twin.weight] if kind is Freezes else [twin.bias, twin.weight]
+        rows.append(torch.autograd.grad(loss(twin, (x, y)), [twin.weight, twin.bias]))
+    for name, column in zip(("weight", "bias"), zip(*rows, strict=True), strict=True):
+        flat = torch.stack([g.flatten() for g in column])
+        torch.testing.assert_close(got[name], flat @ flat.T)
+
+
 def test_samples_of_a_detector():
     """Images of different sizes in lists: no engine but the loop can take them, and auto does."""
     model = Model(lambda self, images: torch.stack([self.layer(i.mean((1, 2))) for i in images]), layer=nn.Linear(3, 2))

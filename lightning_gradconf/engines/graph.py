@@ -67,6 +67,7 @@ class Graph:
         bottom: Nodes with a use and none below them; nothing needs to be differentiated further than that.
         tail: All nodes between the loss and the first uses met from there.
         nodes: All nodes between the loss and any use.
+        others: Leaves that are none of the parameters.
     """
 
     leaves: Mapping[str, Tensor]
@@ -74,6 +75,7 @@ class Graph:
     bottom: list[Node] = field(default_factory=list)
     tail: list[Node] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
+    others: list[Tensor] = field(default_factory=list)
 
 
 def read(root: Node | None, leaves: Mapping[str, Tensor], batch: int, free: Collection[str] = ()) -> Graph:
@@ -93,6 +95,8 @@ def read(root: Node | None, leaves: Mapping[str, Tensor], batch: int, free: Coll
         if (leaf := variable(node)) is not None:
             if (name := names.get(id(leaf))) is not None:
                 known[node] = Free(frozenset({name}), "same")
+            else:
+                graph.others.append(leaf)
             continue
         inputs = [child for child, _ in node.next_functions]
         operands = {slot: known[child] for slot, child in enumerate(inputs) if child in known}
@@ -120,6 +124,11 @@ def shape(edge: Edge) -> tuple[int, ...]:
     assert node is not None
     leaf = variable(node)
     return shapes(node)[number] if leaf is None else tuple(leaf.shape)
+
+
+def leaves(root: Node | None) -> list[Tensor]:
+    """Return the leaves that a graph ends at."""
+    return [leaf for node in _leaves_first(root) if (leaf := variable(node)) is not None]
 
 
 def _leaves_first(root: Node | None) -> list[Node]:

@@ -45,17 +45,26 @@ def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, 
 
 
 def _differentiate(objective: Objective, loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """The gradient of the loss for each leaf, None where it does not depend on it."""
+    """The gradient of the loss for each leaf, None where it does not depend on it.
+
+    A loss may also reach the module's own parameters, through a list in which it or the user keeps them.
+    """
+    own = {name: p for name, p in objective.parameters.items() if p.requires_grad}  # a forward pass may freeze some
     try:
-        gradients = run_backward(loss, tuple(leaves.values()), keep_graph=True)
+        gradients = run_backward(loss, (*leaves.values(), *own.values()), keep_graph=True)
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
             raise
         return _differentiate_everything(objective, loss, leaves)
-    if any(gradient is None for gradient in gradients) and _has_custom_node(loss):
+    found, more = gradients[: len(leaves)], dict(zip(own, gradients[len(leaves) :], strict=True))
+    if any(gradient is None for gradient in found) and _has_custom_node(loss):
         # A reentrant checkpoint keeps quiet about the parameters inside it unless everything is differentiated.
         return _differentiate_everything(objective, loss, leaves)
-    return dict(zip(leaves, gradients, strict=True))
+    return {name: _sum(gradient, more.get(name)) for name, gradient in zip(leaves, found, strict=True)}
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b
 
 
 def _has_custom_node(loss: Tensor) -> bool:
@@ -83,7 +92,7 @@ def _differentiate_everything(
         p.grad = None
     try:
         run_backward(loss, (), keep_graph=True)
-        return {name: leaf.grad for name, leaf in leaves.items()}
+        return {name: _sum(leaf.grad, objective.parameters[name].grad) for name, leaf in leaves.items()}
     finally:
         for p, gradient in zip(own, held, strict=True):
             p.grad = gradient

@@ -37,6 +37,17 @@ class Objective:
         """Where the first of the parameters is."""
         return next(iter(self.parameters.values())).device
 
+    def check_leaves(self, leaves: Iterable[Tensor]) -> None:
+        """Check that a loss computed with other tensors in place of the module's own has not reached these.
+
+        Raises:
+            RuntimeError: It has, and so its gradients are not all found at those other tensors.
+        """
+        own = {id(p): name for name, p in self.parameters.items()}
+        for leaf in leaves:
+            if (name := own.get(id(leaf))) is not None:
+                raise RuntimeError(f"the loss takes {name} from somewhere else than the module, such as a list")
+
     def at(self, tensors: dict[str, Tensor], unit: Any, then: Callable[[Tensor], Result]) -> Result:
         """Return ``then(loss of the unit)`` with ``tensors`` in place of the module's own.
 

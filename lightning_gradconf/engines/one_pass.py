@@ -62,6 +62,7 @@ def measure(task: Task, memory: Memory, routes: dict[str, Route] | None = None, 
             chosen = routes if routes is not None else known.routes if known is not None else {}
             if free := {name for name, route in chosen.items() if route.free}:
                 graph = graphs.read(loss.grad_fn, leaves, n * k, free)
+            objective.check_leaves(graph.others)
             if (carrier := trust.carries_between_units(graph, n, k)) is not None:
                 raise RuntimeError(f"{carrier} may carry values from one unit to another, depending on the data")
             trust.equalise(graph, n)

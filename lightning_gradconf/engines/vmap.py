@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.func import grad, vmap
 
+from lightning_gradconf.engines import graph as graphs
 from lightning_gradconf.engines.objective import Objective, as_rows
 from lightning_gradconf.isolation import without_warnings
 from lightning_gradconf.units import stack
@@ -30,19 +31,20 @@ def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, 
     def gradients(units: Sequence[Any]) -> dict[str, Tensor]:
         tensors, rebuild = stack(units)
 
-        def loss(parameters: dict[str, Tensor], *rows: Tensor) -> Tensor:
+        def loss(parameters: dict[str, Tensor], *rows: Tensor) -> tuple[Tensor, Tensor]:
             # Made in here, the copies may be written to: torch.func forbids it for tensors from outside.
             constants = {name: t.detach().clone() for name, t in objective.constants.items()}
-            return objective.at(parameters | constants, rebuild([row.clone() for row in rows]), _differentiable)
+            return objective.at(parameters | constants, rebuild([row.clone() for row in rows]), _twice)
 
-        per_unit = vmap(grad(loss), in_dims=(None, *[0] * len(tensors)), randomness="different")
+        per_unit = vmap(grad(loss, has_aux=True), in_dims=(None, *[0] * len(tensors)), randomness="different")
         # Attention on a CPU has no batching rule: torch says so each time, and is right and not much slower.
         with without_warnings("There is a performance drop because"):
-            found = per_unit(parameters, *tensors)
+            found, losses = per_unit(parameters, *tensors)
+        objective.check_leaves(graphs.leaves(losses.grad_fn))
         return {name: as_rows(found.pop(name), len(units)) for name in list(found)}
 
     return gradients
 
 
-def _differentiable(loss: Tensor) -> Tensor:
-    return loss
+def _twice(loss: Tensor) -> tuple[Tensor, Tensor]:
+    return loss, loss
