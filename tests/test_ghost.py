@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import ZOO, Model, cross_entropy, labels, mean_square, normal
 
 from lightning_gradconf import gradient_gram
@@ -593,6 +594,64 @@ def test_recurrent_layers_in_float32(name, state, monkeypatch):
     got = measure(layer, loss, x, "ghost")
     assert not asked
     assert error(got, measure(layer.double(), loss, x.double(), "loop")) < 1e-5
+
+
+class Operations(TorchDispatchMode):
+    """Notes the names of operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("unit_size", [1, 2])
+@pytest.mark.parametrize("states", [False, True], ids=["outputs", "states"])
+def test_below_a_fused_lstm_gradients_come_from_its_gates(states, unit_size, monkeypatch):
+    """Its first states, its input and what goes around it all have parameters below."""
+    torch.manual_seed(0)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        first = self.first(x.mean(1)).unflatten(1, (8, 4)).transpose(0, 1).contiguous()
+        below = self.below(x)
+        out, (state, cell) = self.rnn(below, (first[:4], 3 * first[4:]))
+        seen = torch.cat([state, cell]).transpose(0, 1) if states else out
+        return torch.cat([seen.flatten(1), below.flatten(1)], 1)
+
+    rnn = nn.LSTM(3, 4, 2, bidirectional=True, batch_first=True)
+    model, memory = Model(forward, first=nn.Linear(3, 32), below=nn.Linear(3, 3), rnn=rnn), Memory()
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).square().mean()
+
+    x = torch.randn(6, 5, 3)
+    asked: list[Any] = []
+    monkeypatch.setattr(ghost, "_by_others", lambda o, u: asked.append(o))
+    got = measure(model, loss, x, "ghost", unit_size, memory)
+    assert not asked
+    with Operations() as ran:
+        one_pass.measure(Task(objective(model, loss), split(x, unit_size), unit_size), memory)
+    assert "aten::mkldnn_rnn_layer" in ran.names
+    assert "aten::mkldnn_rnn_layer_backward" not in ran.names
+    want = measure(model.double(), loss, x.double(), "loop", unit_size)
+    for name in want:
+        assert error({name: got[name]}, {name: want[name]}) < 1e-5, name
+
+
+def test_weight_and_bias_share_the_products_of_their_deltas():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 200), nn.Tanh(), nn.Linear(200, 100))
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).square().mean()
+
+    x = torch.randn(8, 300)
+    with Operations() as ran:
+        one_pass.measure(Task(objective(model, loss), split(x, 1), 1), Memory())
+    assert ran.names.count("aten::mm") == 1 + 2 * 2  # a delta, and the products of each layer's deltas and inputs
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "residual_block_with_groupnorm", "transformer_encoder", "transformer"])

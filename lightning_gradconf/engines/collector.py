@@ -64,7 +64,7 @@ class Collector:
     """Contracts what each use of a parameter contributes as soon as it is known, and drops it.
 
     ``receivers`` says what each node with a use shall do with the gradients of its results, and holds on to the graph;
-    after all of them and `finish`, ``found`` has the Grams.
+    after all of them and `finish`, ``found`` has the Grams. ``scratch`` is what the rules left of the last node.
 
     Args:
         graph: What is differentiated.
@@ -85,6 +85,7 @@ class Collector:
         keep: bool = False,
     ) -> None:
         self.found = Pass(facts)
+        self.scratch: dict[str, Any] = {}
         self._keeps, self._copies = keep, keep and first is not None
         self._leaves, self._routes, self._work = graph.leaves, routes, work
         self._n = first or facts.n  # units that are measured, of those in the graph
@@ -129,7 +130,7 @@ class Collector:
         return receive
 
     def _receive(self, uses: Sequence[Use], top: bool, delta: Tensor, deltas: Sequence[Tensor | None]) -> None:
-        scratch: dict[str, Any] = {}
+        self.scratch = {}
         for use in uses:
             names = use.free.leaves
             if top:
@@ -137,7 +138,7 @@ class Collector:
             if any(not self._is_wanted(name) or name in self.found.missing for name in names):
                 continue
             route = self._routes.get(min(names), Route())
-            units = Units(self.found.facts.n, self.found.facts.k, route.guess or 0, deltas=deltas, scratch=scratch)
+            units = Units(self.found.facts.n, self.found.facts.k, route.guess or 0, deltas=deltas, scratch=self.scratch)
             try:
                 part = contribution(use.node, use.slot, delta, graphs.shape(use.source), units)
                 if not route.leads_to(units.places):
@@ -152,6 +153,7 @@ class Collector:
                 self.found.places[name] |= units.places
             part = head(part, self._n)
             self._keep(use, copied(part) if self._copies else part)
+        self._work.products = None  # a tensor that is written to afterwards would look the same
 
     def _keep(self, use: Use, part: Contribution) -> None:
         """Put a contribution to the others of its parameter, and contract them if it is the last."""

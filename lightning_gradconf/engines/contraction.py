@@ -29,10 +29,18 @@ class Workspace:
     Attributes:
         fastest: For each shape met, the form that was fastest.
         buffers: Scratch memory, since fresh memory costs as much as the arithmetic that fills it.
+        products: The matrix that was multiplied with its own transpose last, and what came out.
     """
 
     fastest: dict[Hashable, str] = field(default_factory=dict)
     buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = field(default_factory=dict)
+    products: tuple[Tensor, Tensor] | None = None
+
+    def square(self, rows: Tensor) -> Tensor:
+        """Return the inner products of rows. Of a linear layer, weight and bias ask for those of the same deltas."""
+        if self.products is None or not _same_memory(self.products[0], rows):
+            self.products = rows, rows @ rows.T
+        return self.products[1]
 
     def empty(self, purpose: str, like: Tensor, *shape: int) -> Tensor:
         """Return uninitialised memory, valid until the next call for the same purpose."""
@@ -59,7 +67,7 @@ class Dense:
 
     def gram(self, work: Workspace) -> Tensor:
         """All inner products, ``(n, n)``."""
-        return self.gradients @ self.gradients.T
+        return work.square(self.gradients)
 
 
 @dataclass
@@ -106,6 +114,10 @@ class Rows:
     def _pairs(self, work: Workspace) -> Tensor:
         _, n, rows, _ = self.left.shape
         gram = self.left.new_zeros(n, n)
+        if rows == 1:
+            for left, right in zip(self.left[:, :, 0], self.right[:, :, 0], strict=True):
+                gram.addcmul_(work.square(left), work.square(right))
+            return gram
         step = max(1, _BLOCK // max(1, n * rows * rows))
         for left, right in zip(self.left, self.right, strict=True):
             for lo in range(0, n, step):
@@ -321,6 +333,10 @@ class Patches:
         if last <= first:
             return slice(0, 0), slice(0, 0)
         return slice(first * stride + shift, (last - 1) * stride + shift + 1, stride), slice(first, last)
+
+
+def _same_memory(some: Tensor, other: Tensor) -> bool:
+    return some.data_ptr() == other.data_ptr() and some.shape == other.shape and some.stride() == other.stride()
 
 
 def _products(work: Workspace, purpose: str, some: Tensor, others: Tensor) -> Tensor:

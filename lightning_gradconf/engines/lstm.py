@@ -1,20 +1,79 @@
 """The fused LSTM layer of a CPU, one node of the graph for all time steps of one layer in one direction.
 
 It keeps no gates. All that they are made of is known, though, so they are made again, and the recursion of their
-gradients is short.
+gradients is short. Once it is done, the layer's own backward pass, which is slow and computes gradients of the weights
+whether asked or not, has nothing to add.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from lightning_gradconf.engines.nodes import saved
 
+NAME = "MkldnnRnnLayerBackward0"
 
-def rows(node: Node, deltas: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of the gates ``(time, batch, 4 * hidden)``, the inputs and the previous hidden states."""
+
+class Gates(NamedTuple):
+    """What the backward pass of a layer is made of, time outermost.
+
+    Attributes:
+        deltas: Gradients of the gates, ``(time, batch, 4 * hidden)``.
+        input: Of the layer, at each time.
+        before: The hidden states before each time.
+        d_state, d_cell: Gradients of the first hidden and cell states, ``(batch, hidden)``.
+    """
+
+    deltas: Tensor
+    input: Tensor
+    before: Tensor
+    d_state: Tensor
+    d_cell: Tensor
+
+
+def shorten(node: Node, known: Callable[[], Gates | None]) -> list[RemovableHandle]:
+    """Let the backward pass of a layer be made of its gates, if they are known when its turn comes."""
+    context = ExitStack()
+
+    def before(deltas: Any) -> None:
+        if (gates := known()) is not None:
+            inputs = gates.deltas @ saved(node, "weight0")
+            context.enter_context(_Answer((inputs, None, None, None, None, gates.d_state, gates.d_cell)))
+
+    def after(gradients: Any, deltas: Any) -> None:
+        context.close()
+
+    return [node.register_prehook(before), node.register_hook(after)]
+
+
+class _Answer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Has the result of a layer's backward pass already."""
+
+    def __init__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._gradients = gradients
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # otherwise it would be imported, which takes a second
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Call ``func``, unless it is the backward pass."""
+        if func is torch.ops.aten.mkldnn_rnn_layer_backward.default:
+            return self._gradients
+        return func(*args, **(kwargs or {}))
+
+
+def gates(node: Node, deltas: tuple[Tensor | None, ...]) -> Gates:
+    """Return the gradients of the gates, and what belongs to them."""
     if saved(node, "mode") != 2:
         raise NotImplementedError("the fused recurrent layer is no LSTM")
     w_ih, w_hh, b_ih, b_hh = (saved(node, f"weight{i}") for i in range(4))
@@ -55,4 +114,4 @@ def rows(node: Node, deltas: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor,
         o[t].mul_(d_state)
         d_state = gates[t].flatten(1) @ w_hh
         d_cell = d_cell * kept[t]
-    return gates.flatten(2), x, before
+    return Gates(gates.flatten(2), x, before, d_state, d_cell)

@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_gradconf import units as batches
 from lightning_gradconf.engines import graph as graphs
-from lightning_gradconf.engines import trust
+from lightning_gradconf.engines import lstm, trust
 from lightning_gradconf.engines.blocks import megabytes
 from lightning_gradconf.engines.collector import Collector, Pass, to_pull
 from lightning_gradconf.engines.memory import Memory, Route
@@ -97,7 +97,11 @@ def _run(loss: Tensor, bottom: list[Node], collector: Collector) -> None:
     receivers = collector.receivers
     edges = [GradientEdge(node, i) for node in bottom for i in range(len(shapes(node)))]
     # What the pass ends at is returned by it; a hook there would not be called.
-    hooks = [node.register_prehook(receivers[node]) for node in receivers.keys() - set(bottom)]
+    passed = receivers.keys() - set(bottom)
+    hooks = [node.register_prehook(receivers[node]) for node in passed]
+    for node in passed:
+        if node.name() == lstm.NAME:
+            hooks += lstm.shorten(node, lambda: collector.scratch.pop("gates", None))
     try:
         captured = run_backward(loss, tuple(edges), keep_graph=False) if edges else ()
         by_node: dict[Node, list[Tensor | None]] = defaultdict(list)

@@ -62,7 +62,7 @@ class Units:
         x = torch.unflatten(x, axis, (outer, self.n, -1))
         shape = (*shape[:axis], 1, self.n, 1, *shape[axis + 1 :])
         summed = [d for d, size in enumerate(shape) if size == 1]
-        x = x.sum(summed)
+        x = x.sum(summed) if any(x.shape[d] > 1 for d in summed) else x.squeeze(summed)
         return Dense(x.movedim(sum(d not in summed for d in range(axis + 1)), 0).reshape(self.n, -1))
 
     def _outer(self, size: int) -> list[int]:
@@ -292,11 +292,9 @@ def _prelu(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], units: 
 
 def _lstm(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], units: Units) -> Contribution:
     if "rows" not in units.scratch:
+        units.scratch["gates"] = lstm.gates(node, tuple(units.deltas))
         # Time is the outermost dimension here, whatever it is for the user.
-        rows = (
-            torch.unflatten(t, 1, (units.n, -1)).transpose(0, 1).flatten(1, 2)
-            for t in lstm.rows(node, tuple(units.deltas))
-        )
+        rows = (torch.unflatten(t, 1, (units.n, -1)).transpose(0, 1).flatten(1, 2) for t in units.scratch["gates"][:3])
         units.scratch["rows"] = tuple(map(wide, rows))
     gates, x, h = units.scratch["rows"]
     if slot > 2:
@@ -321,7 +319,7 @@ RULES: dict[str, Rule] = {
     "FusedRmsNormBackward0": _rms_norm,
     "IndexBackward0": _index,
     "IndexSelectBackward0": _index_select,
-    "MkldnnRnnLayerBackward0": _lstm,
+    lstm.NAME: _lstm,
     "MmBackward0": _mm,
     "MulBackward0": _mul,
     "MvBackward0": _mv,
