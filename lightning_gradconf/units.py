@@ -112,23 +112,25 @@ def join(units: Sequence[Any]) -> Any:
         columns = zip(*(([column for _, column in _children(unit)]) for unit in units), strict=True)
         return _rebuild(first, [type(column[0])(s for part in column for s in part) for column in columns])
     size = num_samples(first)
-    leaves = iter(list(zip(*([leaf for _, leaf in _leaves(unit)] for unit in units), strict=True)))
 
-    def merge(leaf: Any) -> Any:
-        parts = next(leaves)
+    def merge(parts: Sequence[Any]) -> Any:
+        leaf = parts[0]
         if isinstance(leaf, Tensor):
             if leaf.dim() == 0 or leaf.shape[0] != size:
                 return leaf
             try:
-                return torch.cat(parts)
+                return torch.cat(parts)  # type: ignore[arg-type]
             except RuntimeError:
                 shapes = sorted({tuple(part.shape) for part in parts})
                 raise ValueError(f"units of different shapes {shapes} do not fit into one batch") from None
+        if any(map(_contains_tensor, parts)):
+            columns = zip(*([child for _, child in _children(part)] for part in parts), strict=True)
+            return _rebuild(leaf, [merge(column) for column in columns])
         if all(part is leaf for part in parts):  # shared, though it may happen to be as long as a unit
             return leaf
         return type(leaf)(entry for part in parts for entry in part) if _one_a_sample(leaf, size) else leaf
 
-    return _map(merge, first)
+    return merge(units)
 
 
 def stack(units: Sequence[Any]) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
