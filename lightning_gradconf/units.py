@@ -65,30 +65,24 @@ def split(batch: Any, unit_size: int, num_units: int | None = None) -> list[Any]
     size = num_samples(batch)
     available = size // unit_size
     n = available if num_units is None else min(num_units, available)
-    return [take(batch, slice(i * unit_size, (i + 1) * unit_size), size) for i in range(n)]
+    parts = [slice(i * unit_size, (i + 1) * unit_size) for i in range(n)]
+    if _lists_of_samples(batch) is not None:
+        if _is_list_of_mappings(batch):
+            return [copy_of(batch[samples]) for samples in parts]
+        columns = [child for _, child in _children(batch)]
+        return [_rebuild(batch, [copy_of(column[samples]) for column in columns]) for samples in parts]
 
+    def cut(node: Any) -> list[Any]:
+        """What each unit has of a part of the batch."""
+        if isinstance(node, Tensor):
+            shared = node.dim() == 0 or node.shape[0] != size
+            return [(node if shared else node[samples]).clone() for samples in parts]
+        if _contains_tensor(node):
+            entries = zip(*(cut(child) for _, child in _children(node)), strict=True)
+            return [_rebuild(node, list(own)) for own in entries]
+        return [copy.copy(node[samples]) if _one_a_sample(node, size) else node for samples in parts]
 
-def take(batch: Any, samples: slice, size: int | None = None) -> Any:
-    """Return a copy of some samples of ``batch`` as a batch of the same structure.
-
-    Args:
-        batch: The batch.
-        samples: Which samples.
-        size: The number of samples in ``batch``, if it is known already.
-    """
-    size = num_samples(batch) if size is None else size
-    by_list = _lists_of_samples(batch) is not None
-
-    def pick(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return (leaf if by_list or leaf.dim() == 0 or leaf.shape[0] != size else leaf[samples]).clone()
-        return copy.copy(leaf[samples]) if not by_list and _one_a_sample(leaf, size) else leaf
-
-    if not by_list:
-        return _map(pick, batch)
-    if _is_list_of_mappings(batch):
-        return _map(pick, batch[samples])
-    return _rebuild(batch, [_map(pick, column[samples]) for _, column in _children(batch)])
+    return cut(batch)
 
 
 def copy_of(batch: Any) -> Any:

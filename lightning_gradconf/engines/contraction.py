@@ -99,9 +99,10 @@ class Rows:
         q = self.right.shape[3]
         pairs = (n * rows) ** 2 * (p + q + 16) / (2 if n * rows > 512 else 1)
         formed = n * rows * p * q + n * n * p * q + 8 * n * p * q
+        tall = self if p >= q else Rows(self.right, self.left)  # blocks of it are nearer to squares
         forms = {
             "pairs": (groups * pairs, lambda: self._pairs(work)),
-            "formed": (groups * formed, lambda: by_blocks(self, partial(self._formed, work))),
+            "formed": (groups * formed, lambda: by_blocks(tall, partial(tall._formed, work))),
         }
         return cheapest(work, ("rows", *self.left.shape, q), forms)
 
