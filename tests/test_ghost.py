@@ -567,6 +567,26 @@ def test_rows_that_were_looked_up(n, rows, words, q, seed):
         torch.testing.assert_close(part.gram(Workspace()), want)
 
 
+def test_a_form_that_is_far_slower_is_timed_once(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(contraction.time, "perf_counter", lambda: now[0])
+    ran: list[str] = []
+
+    def form(name: str, *seconds: float) -> tuple[float, Callable[[], Tensor]]:
+        def run() -> Tensor:
+            now[0] += seconds[ran.count(name)]
+            ran.append(name)
+            return torch.zeros(2, 2)
+
+        return 1e9, run
+
+    work = Workspace()
+    forms = {"slow": form("slow", 0.5, 0.0), "new": form("new", 0.012, 0.001), "fast": form("fast", 0.004, 0.003, 0.0)}
+    contraction.cheapest(work, "shape", forms)
+    assert ran == ["slow", "new", "fast", "new", "fast"]
+    assert work.fastest == {"shape": "new"}
+
+
 LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "lstm": lambda: (nn.LSTM(3, 4, batch_first=True), torch.randn(6, 5, 3)),
     "stacked bidirectional lstm": lambda: (nn.LSTM(3, 4, 2, bidirectional=True), torch.randn(6, 5, 3)),
