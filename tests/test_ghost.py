@@ -6,7 +6,7 @@ import gc
 import logging
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -324,6 +324,41 @@ def test_lengths_that_differ_later_are_noticed(cut):
         batch = {"x": normal(5, 4), "lengths": lengths if cut == "list" else torch.tensor(lengths)}
         want = measure(model, loss, batch, "loop")
         assert error(measure(model, loss, batch, "auto", memory=memory), want) < 1e-12
+
+
+PAIRS: dict[str, Callable[[Tensor], Tensor]] = {
+    "differences": lambda z: (0.1 - (z[:, None] - z).square().sum(-1)).relu().sum(),
+    "products": lambda z: ((F.normalize(z, dim=1) @ F.normalize(z, dim=1).T) - 0.9999).relu().triu(1).sum(),
+    "distances": lambda z: (0.1 - torch.cdist(z, z)).relu().sum(),
+}
+
+
+@pytest.mark.parametrize("width", [3, 6])
+@pytest.mark.parametrize("pairs", PAIRS)
+def test_a_penalty_on_pairs_that_are_close_is_noticed_before_any_is(pairs, width):
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        x, y = batch
+        out = module(x)
+        return F.cross_entropy(out, y) + PAIRS[pairs](out)
+
+    torch.manual_seed(0)
+    model, batch = nn.Linear(4, width).double(), (normal(4) * torch.arange(1, 7)[:, None], labels())
+    for i, j in combinations(range(6), 2):
+        x, memory = batch[0].clone(), Memory()
+        measure(model, loss, batch, "auto", memory=memory)
+        x[i] = x[j] + 1e-3
+        want = measure(model, loss, (x, batch[1]), "loop")
+        assert error(measure(model, loss, (x, batch[1]), "auto", memory=memory), want) < 1e-12
+
+
+def test_a_unit_whose_targets_are_all_ignored_has_no_gradient():
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(module(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    model, (x, mask) = nn.Linear(4, 3).double(), padded([5, 0, 3, 4, 1, 5])
+    batch = x, torch.randint(3, (6, 5)).masked_fill(mask == 0, -100)
+    got = measure(model, loss, batch, "ghost")
+    assert error(got, measure(model, loss, batch, "loop")) < 1e-12
 
 
 def test_what_is_computed_for_a_metric_costs_no_check(monkeypatch):

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_gradconf.engines import graph as graphs
 from lightning_gradconf.engines.graph import Graph
-from lightning_gradconf.engines.nodes import dtypes, saved
+from lightning_gradconf.engines.nodes import dtypes, saved, shapes
 
 Signature = Hashable
 
@@ -61,6 +61,9 @@ _LINEAR = _SUMS | {
 }  # fmt: skip
 MASK = "product with data"
 _PRODUCTS = {"MulBackward0", "DivBackward0"}
+_MATRIX_PRODUCTS = {"MmBackward0", "AddmmBackward0"}
+_DISTANCES = {"CdistBackward0", "EuclideanDistBackward0", "PdistBackward0"}
+_BROADCASTS = {"AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "MaximumBackward0", "MinimumBackward0"}
 _OF_TARGETS = {"NllLossBackward0", "NllLoss2DBackward0"}
 # These may carry values from one unit to another, depending on the data: along one dimension, or anywhere.
 _ALONG = {"IndexSelectBackward0", "GatherBackward0", "SortBackward0", "TopkBackward0", "CumsumBackward0"}
@@ -148,10 +151,12 @@ def _multiples(sizes: Sequence[int], batch: int) -> int:
 
 
 def carries_between_units(graph: Graph, n: int, k: int) -> str | None:
-    """Return the name of a node that moves values by indices, if these may lead from one unit to another."""
+    """Return the name of a node that moves values from one unit to another, or may do so by indices."""
     uses = {use.node for use in graph.uses}
     for node in graph.nodes:
         name = node.name()
+        if node not in uses and _pairs_units(node, n * k):
+            return name
         if node in uses or not (name in _ALONG or name.startswith(_ANYWHERE)):
             continue
         if name in _ALONG:
@@ -162,6 +167,29 @@ def carries_between_units(graph: Graph, n: int, k: int) -> str | None:
             continue
         return name
     return None
+
+
+def _pairs_units(node: Node, batch: int) -> bool:
+    """Whether samples meet one another, perhaps to no effect for most of them, or for now."""
+    name, operands = node.name(), node.next_functions
+    if name in _MATRIX_PRODUCTS:
+        first, second = operands[-2:]
+        summed = second[0] is not None and _multiples(graphs.shape(second)[:1], batch) > 0
+        return summed or (first[0] is not None and second[0] is not None)
+    if name in _DISTANCES:
+        return len(shapes(node)[0]) < 3
+    if name not in _BROADCASTS or len(operands) < 2 or any(child is None for child, _ in operands):
+        return False
+    dims = len(shapes(node)[0])
+    a, b = [(1,) * (dims - len(sizes)) + sizes for sizes in map(graphs.shape, operands[:2])]
+    grows = [_first_alone(a, b, batch), _first_alone(b, a, batch)]
+    return max(grows) < dims and not _multiples(a[: min(grows)], batch)
+
+
+def _first_alone(a: Sequence[int], b: Sequence[int], batch: int) -> int:
+    """The first dimension that may be the batch in one operand and is broadcast in the other."""
+    found = (i for i, (own, other) in enumerate(zip(a, b, strict=True)) if other == 1 and _multiples([own], batch))
+    return next(found, len(a))
 
 
 def _stays_inside(node: Node, n: int, k: int) -> bool:
@@ -193,7 +221,8 @@ def equalise(graph: Graph, n: int) -> None:
     """Let each unit count as much as any other in a mean over targets, however many of its targets are ignored."""
     for node in graph.tail:
         if _takes_mean(node) and (weights := _weights_by_unit(node, n)) is not None:
-            node.register_hook(_rescale(weights.sum() / (n * weights)))
+            factors = weights.sum() / (n * weights)
+            node.register_hook(_rescale(factors.masked_fill(weights == 0, 0)))
 
 
 def _rescale(factors: Tensor) -> Callable[[tuple[Tensor | None, ...], Any], tuple[Tensor | None, ...]]:
