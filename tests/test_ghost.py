@@ -445,6 +445,20 @@ def test_only_the_parameters_without_a_rule_take_another_way(monkeypatch):
     assert asked == [["a.weight"]]
 
 
+def test_a_parameter_without_a_rule_takes_nothing_from_those_it_shares_a_term_with(monkeypatch):
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(module, batch) + 0.1 * sum(p.square().sum() for p in module.parameters())
+
+    monkeypatch.delitem(rules.RULES, "MulBackward0")
+    parts = {"inner": nn.Linear(4, 5), "gain": nn.Parameter(torch.randn(5)), "head": nn.Linear(5, 3)}
+    model = Model(lambda self, x: self.head(self.inner(x).tanh() * self.gain), **parts).double()
+    memory = Memory()
+    for _ in range(2):
+        batch = normal(4), labels()
+        got = measure(model, loss, batch, "ghost", memory=memory)
+        assert error(got, measure(model, loss, batch, "loop")) < 1e-12
+
+
 @pytest.mark.parametrize("attribute", ["_saved_mat1", "_saved_stride", "_input_metadata"])
 def test_an_attribute_that_pytorch_renamed_costs_speed_only(attribute, monkeypatch):
     def renamed(node: Any, name: str) -> Any:

@@ -135,9 +135,10 @@ class Collector:
             names = use.free.leaves
             if top:
                 self.found.top |= names
-            if any(not self._is_wanted(name) or name in self.found.missing for name in names):
+            wanted = [name for name in names if self._is_wanted(name) and name not in self.found.missing]
+            if not wanted:
                 continue
-            route = self._routes.get(min(names), Route())
+            route = self._routes.get(min(wanted), Route())
             units = Units(self.found.facts.n, self.found.facts.k, route.guess or 0, deltas=deltas, scratch=self.scratch)
             try:
                 part = contribution(use.node, use.slot, delta, graphs.shape(use.source), units)
@@ -185,7 +186,8 @@ class Collector:
 
     def _pull(self) -> None:
         """Take the unit gradients of free tensors back to the parameters that they are made of."""
-        leaves = {name: self._leaves[name] for name in self._by_pull if name not in self.found.missing}
+        wanted = [name for name in self._by_pull if self._is_wanted(name) and name not in self.found.missing]
+        leaves = {name: self._leaves[name] for name in wanted}
         names = {id(leaf): name for name, leaf in leaves.items()}
         rows: dict[str, Tensor] = {}
         inner: list[GradientEdge] = []
