@@ -49,6 +49,7 @@ def unchecked(module: nn.Module, loss: Any, batch: Any, unit_size: int = 1) -> G
     with MeasuredLayers(running_statistics=unit_size == 1, dropout=False), pytest.MonkeyPatch.context() as patch:
         patch.setattr(trust, "equalise", lambda *_: None)
         patch.setattr(trust, "carries_between_units", lambda *_: None)
+        patch.setattr(trust, "pairs_units", lambda *_: None)
         found = one_pass.measure(Task(objective(module, loss), units, unit_size), Memory())
     return {name: gram * len(units) ** 2 for name, gram in found.grams.items()}
 
@@ -184,6 +185,22 @@ def test_as_many_steps_as_samples_may_come_later(time_first, lengths, unit_size)
         for name in want:
             torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-14)
     assert all(route.guess is not None for known in memory.known.values() for route in known.routes.values())
+
+
+def test_units_that_had_the_same_gradient_at_first_are_told_apart_later():
+    """Far from its targets, the L1 loss gives the last bias the same gradient wherever the units lie."""
+
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        x, y = batch
+        return F.smooth_l1_loss(module(x.transpose(0, 1).contiguous()), y.transpose(0, 1))  # time first
+
+    model, memory = nn.Linear(4, 3).double(), Memory()
+    for distance in (100.0, 0.0, 0.0):
+        batch = normal(5, 4), normal(5, 3) + distance
+        want = measure(model, loss, batch, "loop")
+        got = measure(model, loss, batch, "ghost", memory=memory)
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-14)
 
 
 def test_an_order_that_was_the_identity_at_first_is_noticed():

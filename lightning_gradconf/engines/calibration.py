@@ -43,6 +43,8 @@ def still_right(task: Task, known: Known, found: Pass) -> bool:
     total, facts = sum_of(found.grams), found.facts
     if not all(trust.negligible(found.grams[name], total, facts.epsilon) for name in known.unseen):
         return False
+    if not all(trust.alike(found.grams[name]) for name in known.alike):
+        return False
     if proven(known, facts):
         return True
     sample = _truth(task, trust.extremes(total, found.live, 2, traits(task.units)))
@@ -95,8 +97,10 @@ def calibrate(task: Task, memory: Memory, found: Pass) -> tuple[Known, Grams]:
         )
     total, epsilon = sum_of(grams), first.facts.epsilon
     unseen = {name for name in grams if name in first.guesses and trust.negligible(grams[name], total, epsilon)}
+    alike = {name for name in grams if first.guesses.get(name, 1) > 1 and trust.alike(grams[name])}
     mixes = any(name in first.grams for name in lost)
-    return Known(routes | {name: Route(None) for name in lost}, unseen, first.facts.constants, mixes), grams
+    routes |= {name: Route(None) for name in lost}
+    return Known(routes, unseen, alike, first.facts.constants, mixes), grams
 
 
 def _first_sample(task: Task, found: Pass) -> Sample:

@@ -46,6 +46,7 @@ class Known:
     Attributes:
         routes: Of each parameter.
         unseen: The parameters that had no gradient when they were to be checked.
+        alike: The parameters for which all units had the same gradient, wherever they were taken to lie.
         constants: What the loss was multiplied or divided by.
         mixes: Whether the loss mixes units, though for now only the gradients of few parameters show it.
         kinds: How many nodes of each kind there are, if the graph leaves no room for the data to weigh units.
@@ -53,6 +54,7 @@ class Known:
 
     routes: dict[str, Route]
     unseen: set[str]
+    alike: set[str]
     constants: tuple[float, ...]
     mixes: bool = False
     kinds: Counter[str] | None = None

@@ -65,6 +65,9 @@ def measure(task: Task, memory: Memory, routes: dict[str, Route] | None = None, 
             objective.check_leaves(graph.others)
             if (carrier := trust.carries_between_units(graph, n, k)) is not None:
                 raise RuntimeError(f"{carrier} may carry values from one unit to another, depending on the data")
+            if (pairing := trust.pairs_units(graph, n, k)) is not None:
+                memory.refused = f"{pairing} mixes units, each with each"
+                raise RuntimeError(memory.refused)
             trust.equalise(graph, n)
             if pulled := to_pull(graph):
                 shapes_of = {use.source: graphs.shape(use.source) for use in graph.uses if use.free.leaves & pulled}

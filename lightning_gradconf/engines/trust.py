@@ -151,12 +151,10 @@ def _multiples(sizes: Sequence[int], batch: int) -> int:
 
 
 def carries_between_units(graph: Graph, n: int, k: int) -> str | None:
-    """Return the name of a node that moves values from one unit to another, or may do so by indices."""
+    """Return the name of a node that moves values by indices, if these may lead from one unit to another."""
     uses = {use.node for use in graph.uses}
     for node in graph.nodes:
         name = node.name()
-        if node not in uses and _pairs_units(node, n * k):
-            return name
         if node in uses or not (name in _ALONG or name.startswith(_ANYWHERE)):
             continue
         if name in _ALONG:
@@ -167,6 +165,12 @@ def carries_between_units(graph: Graph, n: int, k: int) -> str | None:
             continue
         return name
     return None
+
+
+def pairs_units(graph: Graph, n: int, k: int) -> str | None:
+    """Return the name of a node in which samples meet one another, each with each."""
+    uses = {use.node for use in graph.uses}
+    return next((node.name() for node in graph.nodes if node not in uses and _pairs_units(node, n * k)), None)
 
 
 def _pairs_units(node: Node, batch: int) -> bool:
@@ -293,6 +297,11 @@ def fits(gram: Tensor, truth: Tensor, total: Tensor, epsilon: float, strictly: b
 def negligible(gram: Tensor, total: Tensor, epsilon: float) -> bool:
     """Whether gradients are nothing but rounding errors of gradients with the Gram ``total``."""
     return bool((gram.diagonal() <= noise(epsilon) ** 2 * total.diagonal()).all())
+
+
+def alike(gram: Tensor) -> bool:
+    """Whether all units have about the same gradient, so that it does not matter which is taken for which."""
+    return bool(((gram - gram[0, 0]).abs() <= 1e-2 * gram[0, 0].abs()).all())
 
 
 def noise(epsilon: float) -> float:
