@@ -36,18 +36,25 @@ def proven(known: Known, facts: Facts) -> bool:
     return facts.proven and not known.mixes and facts.constants == known.constants
 
 
+def told_nothing(known: Known, grams: Grams, facts: Facts) -> bool:
+    """Whether the parameters whose gradients could not be checked still have none, or the same for all units."""
+    if not known.untold:
+        return True
+    total = sum_of(grams)
+    return all(trust.negligible(grams[name], total, facts.epsilon) for name in known.unseen) and all(
+        trust.alike(grams[name]) for name in known.alike
+    )
+
+
 def still_right(task: Task, known: Known, found: Pass) -> bool:
     """Whether what was calibrated before holds for these units too."""
     if found.missing:
         return False
-    total, facts = sum_of(found.grams), found.facts
-    if not all(trust.negligible(found.grams[name], total, facts.epsilon) for name in known.unseen):
+    if not told_nothing(known, found.grams, found.facts):
         return False
-    if not all(trust.alike(found.grams[name]) for name in known.alike):
-        return False
-    if proven(known, facts):
+    if proven(known, found.facts):
         return True
-    sample = _truth(task, trust.extremes(total, found.live, 2, traits(task.units)))
+    sample = _truth(task, trust.extremes(sum_of(found.grams), found.live, 2, traits(task.units)))
     return all(
         sample.fits(found, name, route.scale, strictly=name in found.top)
         for name, route in known.routes.items()

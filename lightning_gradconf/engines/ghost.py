@@ -67,7 +67,7 @@ def unit_factors(
     task = _task(objective, units, unit_size, memory, room)
     kept = measure(task, memory, keep=True)
     known = memory.known.get(kept.facts.signature)
-    if known is None or known.unseen or kept.missing or not proven(known, kept.facts):
+    if known is None or known.untold or kept.missing or not proven(known, kept.facts):
         # Their Grams are for the checks alone.
         with torch._C.DisableTorchFunction(), torch.no_grad():
             kept.grams = {name: gram_of_sum(parts, memory.work) for name, parts in kept.factors.items()}

@@ -59,6 +59,11 @@ class Known:
     mixes: bool = False
     kinds: Counter[str] | None = None
 
+    @property
+    def untold(self) -> set[str]:
+        """The parameters whose gradients could not be checked, as any way of finding them would have fitted."""
+        return self.unseen | self.alike
+
 
 @dataclass
 class Memory:

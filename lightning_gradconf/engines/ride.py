@@ -16,9 +16,10 @@ from torch.autograd.graph import Node
 
 from lightning_gradconf.engines import graph as graphs
 from lightning_gradconf.engines import trust
-from lightning_gradconf.engines.collector import Collector, Grams, Pass, Receiver, sum_of, to_pull
+from lightning_gradconf.engines.calibration import told_nothing
+from lightning_gradconf.engines.collector import Collector, Grams, Pass, Receiver, to_pull
 from lightning_gradconf.engines.contraction import Contribution, Workspace, gram_of_sum, scaled
-from lightning_gradconf.engines.memory import Memory
+from lightning_gradconf.engines.memory import Known, Memory
 from lightning_gradconf.engines.nodes import saved, unpacks
 
 # With dropout, nodes of these kinds come into the graph. They act on each number alone, so they mix nothing.
@@ -33,8 +34,7 @@ class Ride:
         collector: Makes Grams of what it brings, or keeps it.
         parameters: That are measured.
         work: What contractions share.
-        scales: What turns a unit's contribution to the loss into its gradient, for each parameter.
-        unseen: Parameters that had no gradient when they were to be checked.
+        known: About the graph.
         scale: What the training multiplied the loss by.
         error: The first error in a hook.
         handles: Of the hooks.
@@ -43,8 +43,7 @@ class Ride:
     collector: Collector
     parameters: Mapping[str, Tensor]
     work: Workspace
-    scales: dict[str, float]
-    unseen: set[str]
+    known: Known
     scale: Tensor | None = None
     error: Exception | None = None
     handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
@@ -99,7 +98,7 @@ class Ride:
         """
         with torch._C.DisableTorchFunction(), torch.no_grad():
             found, scales = self._completed()
-            if self.unseen:
+            if self.known.untold:
                 self._check({name: gram_of_sum(parts, self.work) for name, parts in found.factors.items()})
             return {name: [scaled(part, scales[name]) for part in found.factors.pop(name)] for name in self.parameters}
 
@@ -113,12 +112,11 @@ class Ride:
         if missing := self.collector.found.missing:
             raise RuntimeError(next(iter(missing.values())))
         scale = float(self.scale)
-        return self.collector.found, {name: known / scale for name, known in self.scales.items()}
+        return self.collector.found, {name: route.scale / scale for name, route in self.known.routes.items()}
 
     def _check(self, grams: Grams) -> None:
-        total, epsilon = sum_of(grams), self.collector.found.facts.epsilon
-        if not all(trust.negligible(grams[name], total, epsilon) for name in self.unseen):
-            raise RuntimeError("a parameter has a gradient that had none when it was to be checked")
+        if not told_nothing(self.known, grams, self.collector.found.facts):
+            raise RuntimeError("a parameter has a gradient now that could not be checked before")
 
 
 def board(
@@ -167,8 +165,7 @@ def board(
     if names := to_pull(graph):
         raise RuntimeError(f"{min(names)} is transformed before it meets the data")
     collector = Collector(graph, facts, known.routes, memory.work, first, keep)
-    scales = {name: route.scale for name, route in known.routes.items()}
-    return Ride(collector, parameters, memory.work, scales, known.unseen)
+    return Ride(collector, parameters, memory.work, known)
 
 
 def root_of(loss: Tensor, divided_by: int | None, scaled: bool) -> Node:
