@@ -112,8 +112,8 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     "BatchNorm leaves its buffers": (LAYERS, "        if func is F.batch_norm:", "        if False:"),
     "errors never reach the training": (
         CALLBACK,
-        "        except Exception as error:\n            first =",
-        "        except ZeroDivisionError as error:\n            first =",
+        "        except Exception as error:\n            what, advice =",
+        "        except ZeroDivisionError as error:\n            what, advice =",
     ),
 }
 
