@@ -412,6 +412,23 @@ def test_calibration_is_remembered(monkeypatch):
     assert error(got, measure(model, loss, batch, "loop")) < 1e-12
 
 
+def test_a_bias_lies_where_the_weight_does():
+    """Nearly all deltas are one, so that of the bias alone the first batch does not tell where the units lie."""
+    model, memory = nn.Linear(3, 3).double(), Memory()
+    nn.init.eye_(model.weight)
+    nn.init.zeros_(model.bias)
+
+    def loss(module: nn.Module, x: Tensor) -> Tensor:
+        out = module(x.transpose(0, 1).contiguous())
+        return F.smooth_l1_loss(out, torch.ones_like(out), beta=0.5)
+
+    for step in (0, 2):
+        x = 10 + normal(4, 3)[:3]
+        x[0, step] = 1.2
+        got, want = (measure(model, loss, x, engine, memory=memory) for engine in ("ghost", "loop"))
+        assert error(got, want) < 1e-12
+
+
 @pytest.mark.parametrize("name", ["mlp", "weight_norm", "recurrent_layer_with_time_first"])
 def test_no_graph_outlives_its_measurement(name):
     model, loss, batch = ZOO[name]()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from lightning_gradconf.engines import loop, trust
 from lightning_gradconf.engines.collector import Grams, Pass, sum_of
@@ -78,16 +80,17 @@ def calibrate(task: Task, memory: Memory, found: Pass) -> tuple[Known, Grams]:
     first, samples = found, [_first_sample(task, found)]
     routes: dict[str, Route] = {}
     grams: Grams = {}
+    alone: dict[str, tuple[Route, Tensor]] = {}
     trial = Route()
     while True:
-        for name in found.grams.keys() - routes.keys():
-            if trial.free and not samples[0].grams[name].any():
-                continue  # a graph without any use of a parameter fits this too
-            for scale in (float(len(task.units)), 1.0):
-                if _agrees(task, found, name, scale, samples):
-                    places = frozenset(found.places[name])
-                    routes[name], grams[name] = Route(trial.guess, trial.free, scale, places), found.grams[name]
-                    break
+        sought = found.grams.keys() - routes.keys()
+        fitting = _fitting(task, found, sought, trial, samples)
+        for name, route in fitting.items():
+            # In one node, units lie in one place: a bias may fit by chance where the weight does not.
+            if first.partners[name] & sought <= fitting.keys():
+                routes[name], grams[name] = route, found.grams[name]
+            else:
+                alone.setdefault(name, (route, found.grams[name]))
         lost = [name for name in task.objective.parameters if name not in routes]
         guess = (trial.guess or 0) + 1
         if any(found.guesses.get(name, 1) > guess for name in lost) and guess < _GUESSES:
@@ -97,6 +100,9 @@ def calibrate(task: Task, memory: Memory, found: Pass) -> tuple[Known, Grams]:
         else:
             break
         found = measure(task, memory, {name: Route(None) for name in routes} | dict.fromkeys(lost, trial))
+    for name in alone.keys() - routes.keys():
+        routes[name], grams[name] = alone[name]
+        lost.remove(name)
     if len(lost) > len(routes):
         raise RuntimeError(
             "one pass over all units does not give the gradients of single units: "
@@ -108,6 +114,19 @@ def calibrate(task: Task, memory: Memory, found: Pass) -> tuple[Known, Grams]:
     mixes = any(name in first.grams for name in lost)
     routes |= {name: Route(None) for name in lost}
     return Known(routes, unseen, alike, first.facts.constants, mixes), grams
+
+
+def _fitting(task: Task, found: Pass, names: Collection[str], trial: Route, samples: list[Sample]) -> dict[str, Route]:
+    """The routes of the parameters among these that agree with the loop on the route tried."""
+    routes = {}
+    for name in names:
+        if trial.free and not samples[0].grams[name].any():
+            continue  # a graph without any use of a parameter fits this too
+        for scale in (float(len(task.units)), 1.0):
+            if _agrees(task, found, name, scale, samples):
+                routes[name] = Route(trial.guess, trial.free, scale, frozenset(found.places[name]))
+                break
+    return routes
 
 
 def _first_sample(task: Task, found: Pass) -> Sample:

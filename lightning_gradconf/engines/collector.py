@@ -46,6 +46,7 @@ class Pass:
         missing: Why no rule applies, for all other parameters.
         guesses: In how many places the units may lie, by parameter.
         places: Where they were taken to lie, by parameter.
+        partners: The parameters that meet in one node, by parameter.
         top: Parameters with no other parameter between one of their uses and the loss.
         live: How many results of each unit reach the loss.
     """
@@ -56,6 +57,7 @@ class Pass:
     missing: dict[str, str] = field(default_factory=dict)
     guesses: dict[str, int] = field(default_factory=dict)
     places: dict[str, set[Place]] = field(default_factory=lambda: defaultdict(set))
+    partners: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     top: set[str] = field(default_factory=set)
     live: Tensor | None = None
 
@@ -131,6 +133,7 @@ class Collector:
 
     def _receive(self, uses: Sequence[Use], top: bool, delta: Tensor, deltas: Sequence[Tensor | None]) -> None:
         self.scratch = {}
+        here = frozenset(name for use in uses for name in use.free.leaves)
         for use in uses:
             names = use.free.leaves
             if top:
@@ -152,6 +155,7 @@ class Collector:
             for name in names:
                 self.found.guesses[name] = max(self.found.guesses.get(name, 1), units.guesses)
                 self.found.places[name] |= units.places
+                self.found.partners[name] |= here
             part = head(part, self._n)
             self._keep(use, copied(part) if self._copies else part)
         self._work.products = None  # a tensor that is written to afterwards would look the same
