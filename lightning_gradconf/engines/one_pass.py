@@ -20,7 +20,7 @@ from lightning_gradconf.engines.collector import Collector, Pass, to_pull
 from lightning_gradconf.engines.memory import Memory, Route
 from lightning_gradconf.engines.nodes import shapes
 from lightning_gradconf.engines.objective import Objective, accumulation_dtype, run_backward, sizes
-from lightning_gradconf.engines.trust import Reads
+from lightning_gradconf.engines.reads import Reads
 
 
 @dataclass(frozen=True)
