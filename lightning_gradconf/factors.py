@@ -69,6 +69,7 @@ def partial_grams(ranks: Ranks, factors: Factors, work: Workspace) -> dict[str, 
         if mine is not None and failed is None:
             try:
                 grams[mine] = gram_of_sum([_joined(part, of_ranks, ranks.size) for part, of_ranks in found[mine]], work)
+                work.products = None  # of what was collected, for no other parameter
             except Exception as error:  # the others wait for this rank in the exchanges to come
                 failed = error
     if failed is not None:
@@ -83,8 +84,11 @@ def _shares(described: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         for name, parts in of_rank.items():
             sizes[name] += sum(math.prod(shape) for _, shapes in parts for _, shape in shapes.values())
     shares: list[list[str]] = [[] for _ in described]
+    loads = [0] * len(shares)
     for name in sorted(sizes, key=lambda name: -sizes[name]):
-        min(shares, key=lambda share: sum(sizes[name] for name in share)).append(name)
+        least = loads.index(min(loads))
+        shares[least].append(name)
+        loads[least] += sizes[name]
     return shares
 
 

@@ -40,29 +40,25 @@ class Facts:
     proven: bool
 
 
-# Between the last parameters and the loss, these treat all samples alike, whatever the data: NllLoss by `equalise`.
-_ALIKE = {
-    "AbsBackward0", "AddBackward0", "AdaptiveAvgPool2DBackward0", "AliasBackward0", "AvgPool2DBackward0",
-    "CloneBackward0", "ExpBackward0", "GeluBackward0", "HuberLossBackward0", "LogBackward0", "LogSoftmaxBackward0",
-    "MeanBackward0", "MeanBackward1", "MseLossBackward0", "NegBackward0", "NllLoss2DBackward0", "NllLossBackward0",
-    "PermuteBackward0", "PowBackward0", "ReluBackward0", "ReshapeAliasBackward0", "SelectBackward0",
-    "SigmoidBackward0", "SliceBackward0", "SmoothL1LossBackward0", "SoftmaxBackward0", "SqueezeBackward0",
-    "SqueezeBackward1", "SubBackward0", "SumBackward0", "SumBackward1", "TanhBackward0", "ToCopyBackward0",
-    "TransposeBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0", "ViewBackward0",
-}  # fmt: skip
-# Of these, the ones that treat them alike also when they have been added up.
 _SUMS = {"MeanBackward0", "MeanBackward1", "SumBackward0", "SumBackward1"}
+_OF_TARGETS = {"NllLossBackward0", "NllLoss2DBackward0"}
+# Between the last parameters and the loss, these treat all samples alike, whatever the data, also added up.
 _LINEAR = _SUMS | {
     "AddBackward0", "AliasBackward0", "CloneBackward0", "NegBackward0", "PermuteBackward0", "ReshapeAliasBackward0",
     "SelectBackward0", "SliceBackward0", "SqueezeBackward0", "SqueezeBackward1", "SubBackward0", "ToCopyBackward0",
     "TransposeBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0", "ViewBackward0",
+}  # fmt: skip
+# These too, but not once samples have been added up: NllLoss by `equalise`.
+_ALIKE = _LINEAR | _OF_TARGETS | {
+    "AbsBackward0", "AdaptiveAvgPool2DBackward0", "AvgPool2DBackward0", "ExpBackward0", "GeluBackward0",
+    "HuberLossBackward0", "LogBackward0", "LogSoftmaxBackward0", "MseLossBackward0", "PowBackward0", "ReluBackward0",
+    "SigmoidBackward0", "SmoothL1LossBackward0", "SoftmaxBackward0", "TanhBackward0",
 }  # fmt: skip
 MASK = "product with data"
 _PRODUCTS = {"MulBackward0", "DivBackward0"}
 _MATRIX_PRODUCTS = {"MmBackward0", "AddmmBackward0"}
 _DISTANCES = {"CdistBackward0", "EuclideanDistBackward0", "PdistBackward0"}
 _BROADCASTS = {"AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "MaximumBackward0", "MinimumBackward0"}
-_OF_TARGETS = {"NllLossBackward0", "NllLoss2DBackward0"}
 # These may carry values from one unit to another, depending on the data: along one dimension, or anywhere.
 _ALONG = {"IndexSelectBackward0", "GatherBackward0", "SortBackward0", "TopkBackward0", "CumsumBackward0"}
 _ANYWHERE = ("Index", "Gather", "Scatter", "MaskedS", "Take", "PackPadded", "Sort", "Topk", "Put", "Unique")
