@@ -65,7 +65,9 @@ def gradient_gram(
         dropout: Leave dropout on, with masks of its own for each unit.
         memory_budget: Bytes, or a text like ``"2GB"``, that ``vmap`` and ``loop`` may fill with gradients, beside what
             an ordinary forward and backward pass takes. If not all fit, a block of them is held and the others are
-            computed again: the answer is the same and takes longer. None is half of the free memory.
+            computed again: the answer is the same and takes longer. None is half of the free memory. ``ghost`` holds
+            none but those of parameters that are transformed before they meet the data, and does not apply if these do
+            not fit.
 
     Returns:
         ``{parameter name: (n, n)}`` on the module's device, float64 for double parameters and float32 for all others.
