@@ -21,11 +21,11 @@ from speed import MAIN, ordinary
 from torch import distributed as dist
 from workloads import build
 
-from lightning_gradconf import distributed
-from lightning_gradconf.engines.memory import Memory
-from lightning_gradconf.engines.objective import objective
-from lightning_gradconf.ranks import joined
-from lightning_gradconf.units import split
+from lightning_gradconf.batches.units import split
+from lightning_gradconf.gram.ghost.memory import Memory
+from lightning_gradconf.gram.objective import objective
+from lightning_gradconf.gram.ranks import data_parallel as distributed
+from lightning_gradconf.gram.ranks.process_group import joined
 
 ENGINES = ("ghost", "vmap")
 

@@ -9,11 +9,12 @@ import time
 import torch
 from workloads import Workload, build
 
-from lightning_gradconf.distributed import gram_of_factors
-from lightning_gradconf.engines import ghost, ride
-from lightning_gradconf.engines.objective import objective
-from lightning_gradconf.ranks import Ranks
-from lightning_gradconf.units import num_samples, split
+from lightning_gradconf.batches.units import num_samples, split
+from lightning_gradconf.gram.ghost import engine as ghost
+from lightning_gradconf.gram.ghost import ride
+from lightning_gradconf.gram.objective import objective
+from lightning_gradconf.gram.ranks.data_parallel import gram_of_factors
+from lightning_gradconf.gram.ranks.process_group import Ranks
 
 ROUNDS = 9
 

@@ -31,12 +31,12 @@ from torch import distributed as dist
 from torch import multiprocessing, nn
 
 from lightning_gradconf import gradient_gram
-from lightning_gradconf.distributed import gram_of_units
-from lightning_gradconf.engines.blocks import plan
-from lightning_gradconf.engines.memory import Memory
-from lightning_gradconf.engines.objective import objective, sizes
-from lightning_gradconf.ranks import joined
-from lightning_gradconf.units import split
+from lightning_gradconf.batches.units import split
+from lightning_gradconf.gram.blockwise import plan
+from lightning_gradconf.gram.ghost.memory import Memory
+from lightning_gradconf.gram.objective import objective, sizes
+from lightning_gradconf.gram.ranks.data_parallel import gram_of_units
+from lightning_gradconf.gram.ranks.process_group import joined
 
 ENGINES = ("ghost", "vmap", "loop")
 REPEATS = 3

@@ -21,10 +21,10 @@ from peers import PEERS
 from torch import Tensor
 from workloads import WORKLOADS, Workload, build
 
-from lightning_gradconf.engines import gram_of_units
-from lightning_gradconf.engines.ghost import Memory
-from lightning_gradconf.engines.objective import objective
-from lightning_gradconf.units import split
+from lightning_gradconf.batches.units import split
+from lightning_gradconf.gram.ghost.engine import Memory
+from lightning_gradconf.gram.objective import objective
+from lightning_gradconf.gram.select import gram_of_units
 
 MAIN = ("mlp", "cnn", "resnet18", "gpt", "lstm", "encoder")
 ENGINES = ("ghost", "vmap", "loop")

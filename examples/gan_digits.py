@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradconf import GradientConfusionCallback
 from lightning_gradconf.plots import plot_runs
-from lightning_gradconf.runs import read_runs
+from lightning_gradconf.reports.saved_runs import read_runs
 
 NOISE = 16
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradconf import GradientConfusionCallback, plots
-from lightning_gradconf.report import Pair
+from lightning_gradconf.reports.report import Pair
 
 WRONG, MOST = 0.1, 20  # share of wrong labels; samples looked at, those in most of the conflicting pairs
 

@@ -24,7 +24,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from lightning_gradconf import GradientConfusionCallback
 from lightning_gradconf.plots import plot_layers
-from lightning_gradconf.runs import read_runs
+from lightning_gradconf.reports.saved_runs import read_runs
 
 
 class DigitTransformer(pl.LightningModule):

@@ -8,7 +8,7 @@ function of one matrix, the inner products of the gradients.
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_gradconf.engines import gradient_gram
+from lightning_gradconf.gram.select import gradient_gram
 from lightning_gradconf.metric import GradientConfusion
 from lightning_gradconf.statistics import gradient_statistics
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lightning_gradconf.plots import plot_runs
-from lightning_gradconf.runs import Curve, loss_keys, measured, read_runs
+from lightning_gradconf.reports.saved_runs import Curve, loss_keys, measured, read_runs
 
 _BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", "_.-=+*%#"  # from low to high
 _WIDTH = 24  # of a sparkline

@@ -13,15 +13,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_gradconf import distributed, sampling, sharded
-from lightning_gradconf._lightning import Callback, MisconfigurationException, warn
-from lightning_gradconf.engines import Engine, gram_of_units, in_words
-from lightning_gradconf.engines.budget import bytes_of
-from lightning_gradconf.engines.ghost import Memory
-from lightning_gradconf.engines.objective import Objective, objective
-from lightning_gradconf.layout import add_layout, charts
-from lightning_gradconf.loggers import kind, log_numbers
-from lightning_gradconf.probe import (
+from lightning_gradconf.batches import draws as sampling
+from lightning_gradconf.batches.draws import Unit
+from lightning_gradconf.batches.sources import Source
+from lightning_gradconf.batches.units import copy_of
+from lightning_gradconf.gram.ghost.engine import Memory
+from lightning_gradconf.gram.memory_budget import bytes_of
+from lightning_gradconf.gram.objective import Objective, objective
+from lightning_gradconf.gram.ranks import data_parallel as distributed
+from lightning_gradconf.gram.ranks import sharded
+from lightning_gradconf.gram.ranks.process_group import Ranks, joined
+from lightning_gradconf.gram.select import Engine, gram_of_units, in_words
+from lightning_gradconf.reports.custom_scalars import add_layout, charts
+from lightning_gradconf.reports.loggers import kind, log_numbers
+from lightning_gradconf.reports.report import Measurement, Pair, Report
+from lightning_gradconf.statistics import statistic_names
+from lightning_gradconf.training.compat import Callback, MisconfigurationException, warn
+from lightning_gradconf.training.progress import shown
+from lightning_gradconf.training.riding import Rider
+from lightning_gradconf.training.training_step import (
     digests,
     no_trace,
     prepare_step,
@@ -29,14 +39,6 @@ from lightning_gradconf.probe import (
     reason_not_to_ride,
     step_loss,
 )
-from lightning_gradconf.progress import shown
-from lightning_gradconf.ranks import Ranks, joined
-from lightning_gradconf.report import Measurement, Pair, Report
-from lightning_gradconf.riding import Rider
-from lightning_gradconf.sampling import Unit
-from lightning_gradconf.source import Source
-from lightning_gradconf.statistics import statistic_names
-from lightning_gradconf.units import copy_of
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

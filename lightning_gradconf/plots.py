@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_gradconf.runs import Curve, accuracy_keys, loss_keys, measured, read_runs
+from lightning_gradconf.reports.saved_runs import Curve, accuracy_keys, loss_keys, measured, read_runs
 from lightning_gradconf.statistics import (
     _checked_labels,
     between_class_cosine,

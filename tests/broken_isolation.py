@@ -38,13 +38,13 @@ TESTS = (
 SELECTION = "not (epochs or fixed or batches)"  # the other ways of taking units are enough to notice
 
 ISOLATION, PROBE, LOOP, VMAP, UNITS, CALLBACK, LAYERS = (
-    "isolation.py",
-    "probe.py",
-    "engines/loop.py",
-    "engines/vmap.py",
-    "units.py",
+    "gram/module_state.py",
+    "training/training_step.py",
+    "gram/loop.py",
+    "gram/vmap.py",
+    "batches/units.py",
     "callback.py",
-    "engines/layers.py",
+    "gram/measurement_mode.py",
 )
 # part: file, what the file says, what it says when broken.
 BREAKS: dict[str, tuple[str, str, str]] = {

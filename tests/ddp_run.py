@@ -20,18 +20,15 @@ from runs import CLASSES, FEATURES, QUIET, Data, Module, Rows, frozen
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from lightning_gradconf import (
-    GradientConfusionCallback,
-    callback,
-    distributed,
-    factors,
-    probe,
-    report,
-    riding,
-    sampling,
-    source,
-)
-from lightning_gradconf.engines import collector
+from lightning_gradconf import GradientConfusionCallback, callback
+from lightning_gradconf.batches import draws as sampling
+from lightning_gradconf.batches import sources as source
+from lightning_gradconf.gram.ghost import accumulator as collector
+from lightning_gradconf.gram.ghost import factors
+from lightning_gradconf.gram.ranks import data_parallel as distributed
+from lightning_gradconf.reports import report
+from lightning_gradconf.training import riding
+from lightning_gradconf.training import training_step as probe
 
 
 class Net(Module):

@@ -23,8 +23,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler
 
 from lightning_gradconf import GradientConfusionCallback, gradient_gram, gradient_statistics
-from lightning_gradconf.engines import _say_once
-from lightning_gradconf.probe import digests
+from lightning_gradconf.gram.select import _say_once
+from lightning_gradconf.training.training_step import digests
 
 DEFAULT = ["eta", "min_cosine", "p05_cosine", "mean_cosine", "negative_fraction", "gradient_norm"]
 pytestmark = pytest.mark.filterwarnings("ignore::pytorch_lightning.utilities.warnings.PossibleUserWarning")

@@ -12,7 +12,7 @@ import pytest
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_gradconf.__main__ import main, sparkline
-from lightning_gradconf.runs import accuracy_keys, loss_keys, measured, read_runs
+from lightning_gradconf.reports.saved_runs import accuracy_keys, loss_keys, measured, read_runs
 
 pytest.importorskip("matplotlib")
 

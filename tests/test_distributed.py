@@ -17,14 +17,15 @@ from torch import distributed as dist
 from torch import nn
 from zoo import ZOO
 
-from lightning_gradconf import distributed, factors
-from lightning_gradconf.engines import loop
-from lightning_gradconf.engines.blocks import Plan
-from lightning_gradconf.engines.contraction import gram_of_sum
-from lightning_gradconf.engines.layers import MeasuredLayers
-from lightning_gradconf.engines.objective import objective
-from lightning_gradconf.ranks import Ranks, joined
-from lightning_gradconf.units import split
+from lightning_gradconf.batches.units import split
+from lightning_gradconf.gram import loop
+from lightning_gradconf.gram.blockwise import Plan
+from lightning_gradconf.gram.ghost import factors
+from lightning_gradconf.gram.ghost.contraction import gram_of_sum
+from lightning_gradconf.gram.measurement_mode import MeasuredLayers
+from lightning_gradconf.gram.objective import objective
+from lightning_gradconf.gram.ranks import data_parallel as distributed
+from lightning_gradconf.gram.ranks.process_group import Ranks, joined
 
 HERE = Path(__file__).parent
 rides = pytest.mark.skipif(

@@ -12,13 +12,14 @@ from torch import nn
 from zoo import GHOST_AT_ONE, NO_GHOST, NO_VMAP, ZOO, Model, cross_entropy, oracle
 
 from lightning_gradconf import gradient_gram
-from lightning_gradconf.engines import _say_once, ghost
-from lightning_gradconf.engines.contraction import Workspace, gram_of_sum
-from lightning_gradconf.engines.layers import MeasuredLayers
-from lightning_gradconf.engines.memory import Memory
-from lightning_gradconf.engines.objective import objective
-from lightning_gradconf.isolation import untouched
-from lightning_gradconf.units import split
+from lightning_gradconf.batches.units import split
+from lightning_gradconf.gram.ghost import engine as ghost
+from lightning_gradconf.gram.ghost.contraction import Workspace, gram_of_sum
+from lightning_gradconf.gram.ghost.memory import Memory
+from lightning_gradconf.gram.measurement_mode import MeasuredLayers
+from lightning_gradconf.gram.module_state import untouched
+from lightning_gradconf.gram.objective import objective
+from lightning_gradconf.gram.select import _say_once
 
 UNIT_SIZES = (1, 2, 3)
 

@@ -17,7 +17,11 @@ from runs import PREFIX, Data, Module, Rows, Scenario, loader, run
 from test_no_trace import assert_same
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_gradconf import GradientConfusionCallback, engines, report, source, units
+from lightning_gradconf import GradientConfusionCallback
+from lightning_gradconf.gram import select
+from lightning_gradconf.batches import sources as source
+from lightning_gradconf.batches import units
+from lightning_gradconf.reports import report
 
 
 class Fault:
@@ -101,7 +105,7 @@ FUNCTIONS: dict[str, tuple[Any, str]] = {
     "drawing": (source, "draw"),
     "unit split": (units, "split"),
     "isolation": (torch.compiler, "set_stance"),  # in the middle of putting it up
-    "contraction": (engines, "blockwise"),
+    "contraction": (select, "blockwise"),
     "statistics": (report, "gradient_statistics"),
     "histogram": (SummaryWriter, "add_histogram"),
 }

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import distributed as dist
 from torch import nn
 
-from lightning_gradconf import sharded
-from lightning_gradconf.engines.objective import objective
-from lightning_gradconf.ranks import joined
+from lightning_gradconf.gram.objective import objective
+from lightning_gradconf.gram.ranks import sharded
+from lightning_gradconf.gram.ranks.process_group import joined
 
 UNITS, RANKS, WIDTH = 5, 2, 6
 

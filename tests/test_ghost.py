@@ -19,13 +19,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import ZOO, Model, cross_entropy, labels, mean_square, normal
 
 from lightning_gradconf import gradient_gram
-from lightning_gradconf.engines import contraction, ghost, gram_of_units, loop, nodes, one_pass, rules, trust
-from lightning_gradconf.engines.contraction import Lookup, Patches, Rows, Workspace, gram_of_sum, whole
-from lightning_gradconf.engines.layers import MeasuredLayers
-from lightning_gradconf.engines.memory import Memory
-from lightning_gradconf.engines.objective import objective
-from lightning_gradconf.engines.one_pass import Task
-from lightning_gradconf.units import split
+from lightning_gradconf.batches.units import split
+from lightning_gradconf.gram import loop
+from lightning_gradconf.gram.ghost import contraction, nodes, one_pass, rules, trust
+from lightning_gradconf.gram.ghost import engine as ghost
+from lightning_gradconf.gram.ghost.contraction import Lookup, Patches, Rows, Workspace, gram_of_sum, whole
+from lightning_gradconf.gram.ghost.memory import Memory
+from lightning_gradconf.gram.ghost.one_pass import Task
+from lightning_gradconf.gram.measurement_mode import MeasuredLayers
+from lightning_gradconf.gram.objective import objective
+from lightning_gradconf.gram.select import gram_of_units
 
 Grams = dict[str, Tensor]
 

@@ -18,7 +18,7 @@ from runs import Data, Meter, frozen
 from torch import nn
 
 import lightning_gradconf
-from lightning_gradconf.isolation import _is_installed, untouched, without_warnings
+from lightning_gradconf.gram.module_state import _is_installed, untouched, without_warnings
 
 
 class Trap(nn.Module):

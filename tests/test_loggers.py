@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradconf import GradientConfusionCallback
-from lightning_gradconf.report import Measurement, Report
+from lightning_gradconf.reports.report import Measurement, Report
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytorch_lightning.utilities.warnings.PossibleUserWarning")
 ANGLES = [82, 112, 218, 228, 259, 278, 322, 347]  # degrees; no two differences are alike

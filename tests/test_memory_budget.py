@@ -24,12 +24,15 @@ from torch.utils.data import DataLoader, TensorDataset
 from zoo import ZOO
 
 from lightning_gradconf import GradientConfusionCallback, gradient_gram
-from lightning_gradconf.engines import blocks, budget, gram_of_units, rules
-from lightning_gradconf.engines.blocks import Plan, blockwise, plan
-from lightning_gradconf.engines.budget import units_at_once
-from lightning_gradconf.engines.layers import MeasuredLayers
-from lightning_gradconf.engines.objective import objective, sizes
-from lightning_gradconf.units import split
+from lightning_gradconf.batches.units import split
+from lightning_gradconf.gram import blockwise as blocks
+from lightning_gradconf.gram import memory_budget as budget
+from lightning_gradconf.gram.blockwise import Plan, blockwise, plan
+from lightning_gradconf.gram.ghost import rules
+from lightning_gradconf.gram.measurement_mode import MeasuredLayers
+from lightning_gradconf.gram.memory_budget import units_at_once
+from lightning_gradconf.gram.objective import objective, sizes
+from lightning_gradconf.gram.select import gram_of_units
 
 N = 12
 

@@ -10,7 +10,8 @@ import torch
 from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
 from runs import QUIET, Module, loader
 
-from lightning_gradconf import GradientConfusionCallback, progress
+from lightning_gradconf import GradientConfusionCallback
+from lightning_gradconf.training import progress
 
 WORDS = "Gradient confusion"
 

@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gradconf import GradientConfusionCallback
-from lightning_gradconf.engines import ride
-from lightning_gradconf.engines.collector import Collector
+from lightning_gradconf.gram.ghost import ride
+from lightning_gradconf.gram.ghost.accumulator import Collector
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytorch_lightning.utilities.warnings.PossibleUserWarning"),

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradconf.units import copy_of, join, num_samples, split, stack
+from lightning_gradconf.batches.units import copy_of, join, num_samples, split, stack
 
 Point = namedtuple("Point", ["x", "y"])
 

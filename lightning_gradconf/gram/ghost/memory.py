@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lightning_gradconf.engines.contraction import Workspace
-from lightning_gradconf.engines.rules import Place
-from lightning_gradconf.engines.trust import Signature
+from lightning_gradconf.gram.ghost.contraction import Workspace
+from lightning_gradconf.gram.ghost.rules import Place
+from lightning_gradconf.gram.ghost.trust import Signature
 
 _KEPT = 1 << 22  # elements of the copies that are kept between measurements
 

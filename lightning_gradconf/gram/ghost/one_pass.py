@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_gradconf import units as batches
-from lightning_gradconf.engines import graph as graphs
-from lightning_gradconf.engines import lstm, trust
-from lightning_gradconf.engines.blocks import megabytes
-from lightning_gradconf.engines.collector import Collector, Pass, to_pull
-from lightning_gradconf.engines.memory import Memory, Route
-from lightning_gradconf.engines.nodes import shapes
-from lightning_gradconf.engines.objective import Objective, accumulation_dtype, run_backward, sizes
-from lightning_gradconf.engines.reads import Reads
+from lightning_gradconf.batches import units as batches
+from lightning_gradconf.gram.blockwise import megabytes
+from lightning_gradconf.gram.ghost import graph as graphs
+from lightning_gradconf.gram.ghost import lstm, trust
+from lightning_gradconf.gram.ghost.accumulator import Collector, Pass, to_pull
+from lightning_gradconf.gram.ghost.memory import Memory, Route
+from lightning_gradconf.gram.ghost.nodes import shapes
+from lightning_gradconf.gram.ghost.reads import Reads
+from lightning_gradconf.gram.objective import Objective, accumulation_dtype, run_backward, sizes
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lightning_gradconf.engines import lstm
-from lightning_gradconf.engines.contraction import Contribution, Dense, Lookup, Patches, Rows
-from lightning_gradconf.engines.nodes import saved
-from lightning_gradconf.engines.objective import accumulation_dtype
+from lightning_gradconf.gram.ghost import lstm
+from lightning_gradconf.gram.ghost.contraction import Contribution, Dense, Lookup, Patches, Rows
+from lightning_gradconf.gram.ghost.nodes import saved
+from lightning_gradconf.gram.objective import accumulation_dtype
 
 Place = tuple[int, str]
 

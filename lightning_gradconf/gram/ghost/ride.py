@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lightning_gradconf.engines import graph as graphs
-from lightning_gradconf.engines import trust
-from lightning_gradconf.engines.calibration import told_nothing
-from lightning_gradconf.engines.collector import Collector, Grams, Pass, Receiver, to_pull
-from lightning_gradconf.engines.contraction import Contribution, Workspace, gram_of_sum, scaled
-from lightning_gradconf.engines.memory import Known, Memory
-from lightning_gradconf.engines.nodes import saved, unpacks
+from lightning_gradconf.gram.ghost import graph as graphs
+from lightning_gradconf.gram.ghost import trust
+from lightning_gradconf.gram.ghost.accumulator import Collector, Grams, Pass, Receiver, to_pull
+from lightning_gradconf.gram.ghost.calibration import told_nothing
+from lightning_gradconf.gram.ghost.contraction import Contribution, Workspace, gram_of_sum, scaled
+from lightning_gradconf.gram.ghost.memory import Known, Memory
+from lightning_gradconf.gram.ghost.nodes import saved, unpacks
 
 # With dropout, nodes of these kinds come into the graph. They act on each number alone, so they mix nothing.
 _DROPOUT = {trust.MASK, "NativeDropoutBackward0", "FusedDropoutBackward0", "DropoutBackward0"}

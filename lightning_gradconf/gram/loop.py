@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-from lightning_gradconf.engines.objective import Objective, as_rows, empty_rows, run_backward
-from lightning_gradconf.units import copy_of
+from lightning_gradconf.batches.units import copy_of
+from lightning_gradconf.gram.objective import Objective, as_rows, empty_rows, run_backward
 
 
 def unit_gradients(objective: Objective, units: Sequence[Any]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_gradconf.runs import accuracy_keys, loss_keys
+from lightning_gradconf.reports.saved_runs import accuracy_keys, loss_keys
 
 Layout = dict[str, dict[str, list[str | list[str]]]]
 _BAND = {"mean": None, "p05": 0.05, "p95": 0.95}  # as a margin chart wants them: value, lower, upper

@@ -13,7 +13,7 @@ from typing import Literal
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lightning_gradconf.engines.nodes import saved, shapes, unpacks, variable
+from lightning_gradconf.gram.ghost.nodes import saved, shapes, unpacks, variable
 
 # How the entries of a free tensor lie compared with its parameter: in the same order, as the transposed matrix, or in
 # some other order. In all three cases inner products are those of the parameter.

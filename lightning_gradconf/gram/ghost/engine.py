@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from lightning_gradconf.engines import loop, vmap
-from lightning_gradconf.engines.blocks import Rows
-from lightning_gradconf.engines.calibration import calibrate, only, proven, still_right
-from lightning_gradconf.engines.collector import Grams, Pass, sum_of
-from lightning_gradconf.engines.contraction import Contribution, Dense, gram_of_sum, scaled
-from lightning_gradconf.engines.memory import Known, Memory
-from lightning_gradconf.engines.objective import Objective, contract
-from lightning_gradconf.engines.one_pass import Task, check_room, measure
+from lightning_gradconf.gram import loop, vmap
+from lightning_gradconf.gram.blockwise import Rows
+from lightning_gradconf.gram.ghost.accumulator import Grams, Pass, sum_of
+from lightning_gradconf.gram.ghost.calibration import calibrate, only, proven, still_right
+from lightning_gradconf.gram.ghost.contraction import Contribution, Dense, gram_of_sum, scaled
+from lightning_gradconf.gram.ghost.memory import Known, Memory
+from lightning_gradconf.gram.ghost.one_pass import Task, check_room, measure
+from lightning_gradconf.gram.objective import Objective, contract
 
 __all__ = ["Grams", "Memory", "unit_factors", "unit_grams"]
 

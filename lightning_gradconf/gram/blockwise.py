@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradconf.isolation import random_states
+from lightning_gradconf.gram.module_state import random_states
 
 log = logging.getLogger("lightning_gradconf")
 Rows = dict[str, Tensor]

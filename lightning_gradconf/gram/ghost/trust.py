@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-from lightning_gradconf.engines import graph as graphs
-from lightning_gradconf.engines.graph import Graph
-from lightning_gradconf.engines.nodes import dtypes, saved, shapes
+from lightning_gradconf.gram.ghost import graph as graphs
+from lightning_gradconf.gram.ghost.graph import Graph
+from lightning_gradconf.gram.ghost.nodes import dtypes, saved, shapes
 
 Signature = Hashable
 

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_gradconf.distributed import gram_of_factors
-from lightning_gradconf.engines import ghost, in_words
-from lightning_gradconf.engines.layers import MeasuredLayers
-from lightning_gradconf.engines.objective import Objective, objective
-from lightning_gradconf.engines.ride import Ride, board, root_of
-from lightning_gradconf.factors import Factors
-from lightning_gradconf.isolation import untouched
-from lightning_gradconf.ranks import Ranks
-from lightning_gradconf.units import copy_of, num_samples, split
+from lightning_gradconf.batches.units import copy_of, num_samples, split
+from lightning_gradconf.gram.ghost import engine as ghost
+from lightning_gradconf.gram.ghost.factors import Factors
+from lightning_gradconf.gram.ghost.ride import Ride, board, root_of
+from lightning_gradconf.gram.measurement_mode import MeasuredLayers
+from lightning_gradconf.gram.module_state import untouched
+from lightning_gradconf.gram.objective import Objective, objective
+from lightning_gradconf.gram.ranks.data_parallel import gram_of_factors
+from lightning_gradconf.gram.ranks.process_group import Ranks
+from lightning_gradconf.gram.select import in_words
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

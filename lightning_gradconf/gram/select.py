@@ -18,13 +18,14 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_gradconf.engines import ghost, loop, vmap
-from lightning_gradconf.engines.blocks import Progress, Rows, blockwise, least, plan, repeatable
-from lightning_gradconf.engines.budget import bytes_for_gradients, units_at_once
-from lightning_gradconf.engines.layers import MeasuredLayers
-from lightning_gradconf.engines.objective import LossFn, Objective, objective, sizes
-from lightning_gradconf.isolation import untouched
-from lightning_gradconf.units import num_samples, split
+from lightning_gradconf.batches.units import num_samples, split
+from lightning_gradconf.gram import loop, vmap
+from lightning_gradconf.gram.blockwise import Progress, Rows, blockwise, least, plan, repeatable
+from lightning_gradconf.gram.ghost import engine as ghost
+from lightning_gradconf.gram.measurement_mode import MeasuredLayers
+from lightning_gradconf.gram.memory_budget import bytes_for_gradients, units_at_once
+from lightning_gradconf.gram.module_state import untouched
+from lightning_gradconf.gram.objective import LossFn, Objective, objective, sizes
 
 Engine = Literal["auto", "ghost", "vmap", "loop"]
 log = logging.getLogger("lightning_gradconf")

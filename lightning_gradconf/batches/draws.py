@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from lightning_gradconf import units
+from lightning_gradconf.batches import units
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_gradconf.engines import loop, trust
-from lightning_gradconf.engines.collector import Grams, Pass, sum_of
-from lightning_gradconf.engines.memory import Known, Memory, Route
-from lightning_gradconf.engines.objective import Objective, contract
-from lightning_gradconf.engines.one_pass import Task, measure
-from lightning_gradconf.engines.trust import Facts
-from lightning_gradconf.units import traits
+from lightning_gradconf.batches.units import traits
+from lightning_gradconf.gram import loop
+from lightning_gradconf.gram.ghost import trust
+from lightning_gradconf.gram.ghost.accumulator import Grams, Pass, sum_of
+from lightning_gradconf.gram.ghost.memory import Known, Memory, Route
+from lightning_gradconf.gram.ghost.one_pass import Task, measure
+from lightning_gradconf.gram.ghost.trust import Facts
+from lightning_gradconf.gram.objective import Objective, contract
 
 _GUESSES = 6
 _SAMPLES = 4

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_gradconf import sharded
-from lightning_gradconf._lightning import lightning_modules, namespace
-from lightning_gradconf.isolation import random_states, restore_mapping, untouched, without_warnings
+from lightning_gradconf.gram.module_state import random_states, restore_mapping, untouched, without_warnings
+from lightning_gradconf.gram.ranks import sharded
+from lightning_gradconf.training.compat import lightning_modules, namespace
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

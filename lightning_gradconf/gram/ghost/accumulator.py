@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_gradconf.engines import graph as graphs
-from lightning_gradconf.engines.contraction import (
+from lightning_gradconf.gram.ghost import graph as graphs
+from lightning_gradconf.gram.ghost.contraction import (
     Contribution,
     Dense,
     Rows,
@@ -23,13 +23,13 @@ from lightning_gradconf.engines.contraction import (
     head,
     whole,
 )
-from lightning_gradconf.engines.graph import Graph, Use
-from lightning_gradconf.engines.memory import Route
-from lightning_gradconf.engines.nodes import variable
-from lightning_gradconf.engines.objective import accumulation_dtype, empty_rows
-from lightning_gradconf.engines.rules import Place, Units, contribution, wide
-from lightning_gradconf.engines.trust import Facts
-from lightning_gradconf.isolation import without_warnings
+from lightning_gradconf.gram.ghost.graph import Graph, Use
+from lightning_gradconf.gram.ghost.memory import Route
+from lightning_gradconf.gram.ghost.nodes import variable
+from lightning_gradconf.gram.ghost.rules import Place, Units, contribution, wide
+from lightning_gradconf.gram.ghost.trust import Facts
+from lightning_gradconf.gram.module_state import without_warnings
+from lightning_gradconf.gram.objective import accumulation_dtype, empty_rows
 
 Grams = dict[str, Tensor]
 Receiver = Callable[[Sequence[Tensor | None]], None]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lightning_gradconf.engines.blocks import Progress
+from lightning_gradconf.gram.blockwise import Progress
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer

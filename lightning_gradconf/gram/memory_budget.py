@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradconf.engines.objective import Objective
-from lightning_gradconf.isolation import untouched
-from lightning_gradconf.units import copy_of
+from lightning_gradconf.batches.units import copy_of
+from lightning_gradconf.gram.module_state import untouched
+from lightning_gradconf.gram.objective import Objective
 
 _SIZES = {"": 1, "b": 1}
 _SIZES |= {f"{prefix}b": 1000**i for i, prefix in enumerate("kmgt", 1)}

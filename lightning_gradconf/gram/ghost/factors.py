@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from lightning_gradconf.engines.contraction import (
+from lightning_gradconf.gram.ghost.contraction import (
     Contribution,
     Dense,
     Lookup,
@@ -27,7 +27,7 @@ from lightning_gradconf.engines.contraction import (
     gram_of_sum,
     whole,
 )
-from lightning_gradconf.ranks import Ranks
+from lightning_gradconf.gram.ranks.process_group import Ranks
 
 Factors = dict[str, list[Contribution]]
 # The tensors of each kind: along which dimension units lie, and rows that may be filled up with zeros.

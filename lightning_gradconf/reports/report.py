@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_gradconf import plots
-from lightning_gradconf.layout import add_band
-from lightning_gradconf.loggers import kind, show_figure, show_histogram, show_table
-from lightning_gradconf.sampling import Origin
+from lightning_gradconf.batches.draws import Origin
+from lightning_gradconf.reports.custom_scalars import add_band
+from lightning_gradconf.reports.loggers import kind, show_figure, show_histogram, show_table
 from lightning_gradconf.statistics import cosine_matrix, gradient_statistics, min_cosine, pairwise_cosines
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 from torch.func import grad, vmap
 
-from lightning_gradconf.engines import graph as graphs
-from lightning_gradconf.engines.objective import Objective, as_rows
-from lightning_gradconf.isolation import without_warnings
-from lightning_gradconf.units import stack
+from lightning_gradconf.batches.units import stack
+from lightning_gradconf.gram.ghost import graph as graphs
+from lightning_gradconf.gram.module_state import without_warnings
+from lightning_gradconf.gram.objective import Objective, as_rows
 
 
 def unit_gradients(objective: Objective, units: Sequence[Any]) -> dict[str, Tensor]:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from lightning_gradconf.distributed import agreed_budget
-from lightning_gradconf.engines.blocks import Progress, Rows, blockwise, least, plan, repeatable
-from lightning_gradconf.engines.layers import MeasuredLayers
-from lightning_gradconf.engines.objective import Objective, as_rows, checked, empty_rows, run_backward, sizes
-from lightning_gradconf.ranks import Ranks
-from lightning_gradconf.units import copy_of
+from lightning_gradconf.batches.units import copy_of
+from lightning_gradconf.gram.blockwise import Progress, Rows, blockwise, least, plan, repeatable
+from lightning_gradconf.gram.measurement_mode import MeasuredLayers
+from lightning_gradconf.gram.objective import Objective, as_rows, checked, empty_rows, run_backward, sizes
+from lightning_gradconf.gram.ranks.data_parallel import agreed_budget
+from lightning_gradconf.gram.ranks.process_group import Ranks
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gradconf.engines.nodes import saved
+from lightning_gradconf.gram.ghost.nodes import saved
 
 NAME = "MkldnnRnnLayerBackward0"
 

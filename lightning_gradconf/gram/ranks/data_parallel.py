@@ -16,16 +16,18 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from lightning_gradconf.engines import ghost, in_words, loop, say_why, vmap
-from lightning_gradconf.engines.blocks import Plan, Progress, Rows, blockwise, least, plan, repeatable
-from lightning_gradconf.engines.budget import bytes_for_gradients, units_at_once
-from lightning_gradconf.engines.contraction import Workspace
-from lightning_gradconf.engines.layers import MeasuredLayers
-from lightning_gradconf.engines.memory import Memory
-from lightning_gradconf.engines.objective import Objective, accumulation_dtype, sizes
-from lightning_gradconf.factors import Factors, partial_grams
-from lightning_gradconf.isolation import untouched
-from lightning_gradconf.ranks import Ranks
+from lightning_gradconf.gram import loop, vmap
+from lightning_gradconf.gram.blockwise import Plan, Progress, Rows, blockwise, least, plan, repeatable
+from lightning_gradconf.gram.ghost import engine as ghost
+from lightning_gradconf.gram.ghost.contraction import Workspace
+from lightning_gradconf.gram.ghost.factors import Factors, partial_grams
+from lightning_gradconf.gram.ghost.memory import Memory
+from lightning_gradconf.gram.measurement_mode import MeasuredLayers
+from lightning_gradconf.gram.memory_budget import bytes_for_gradients, units_at_once
+from lightning_gradconf.gram.module_state import untouched
+from lightning_gradconf.gram.objective import Objective, accumulation_dtype, sizes
+from lightning_gradconf.gram.ranks.process_group import Ranks
+from lightning_gradconf.gram.select import in_words, say_why
 
 _UNBOUNDED = 1 << 62
 

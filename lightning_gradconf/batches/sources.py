@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
-from lightning_gradconf.sampling import Unit, draw, read, size_of, state_of, units_of
+from lightning_gradconf.batches.draws import Unit, draw, read, size_of, state_of, units_of
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

@@ -1,0 +1,1 @@
+"""What a unit is, and where units come from."""

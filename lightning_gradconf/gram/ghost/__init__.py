@@ -1,0 +1,1 @@
+"""The engine that never forms the gradients of units."""

@@ -1,0 +1,1 @@
+"""Grams of units that several processes have."""

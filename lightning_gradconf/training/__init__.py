@@ -1,0 +1,1 @@
+"""A measurement inside a running Trainer."""
