@@ -2,8 +2,8 @@
 
     python benchmarks/ranks.py [--workloads mlp gpt] [--ranks 2] [--rounds 3]
 
-gloo processes with one thread each, on as many cores; the Gram is that of all ranks' units. "Ridden on" is an ordinary
-pass that is measured on the way. The first measurement, which calibrates, is left out.
+gloo processes with one thread each, on as many cores; the Gram is that of all ranks' units.
+The first measurement, which calibrates, is left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import riding
 import torch
 import torch.multiprocessing as mp
 from speed import MAIN, ordinary
@@ -39,15 +38,10 @@ def measure(rank: int, ranks: int, store: str, workloads: list[str], rounds: int
         target, units = objective(work.model, work.loss), split(work.batch, work.unit_size)
 
         def across(engine: str, work=work, target=target, units=units, memory=memory):
-            return distributed.gram_of_units(
-                together, target, units, work.unit_size, engine, None, False, memory=memory
-            )
-
-        def ridden(work=work, units=units, memory=memory) -> None:
-            riding.step(work, len(units), memory, together)
+            return distributed.gram_of_units(together, target, units, work.unit_size, engine, False, memory=memory)
 
         engines = {engine: lambda engine=engine: across(engine) for engine in ENGINES}
-        methods = {"ordinary": ordinary(work), **engines, "ridden on": ridden}
+        methods = {"ordinary": ordinary(work), **engines}
         times: dict[str, list[float]] = {method: [] for method in methods}
         for i in range(rounds + 1):
             for method, run in methods.items():

@@ -30,13 +30,11 @@ from lightning_gradconf.reports.report import Measurement, Pair, Report
 from lightning_gradconf.statistics import statistic_names
 from lightning_gradconf.training.compat import Callback, MisconfigurationException, warn
 from lightning_gradconf.training.progress import shown
-from lightning_gradconf.training.riding import Rider
 from lightning_gradconf.training.training_step import (
     digests,
     no_trace,
     prepare_step,
     reason_not_to_measure,
-    reason_not_to_ride,
     step_loss,
 )
 
@@ -83,11 +81,6 @@ class GradientConfusionCallback(Callback):
             ``every_n_epochs``) of the most recent ones; ``"fresh"`` draws from the training dataset each time;
             ``"fixed"`` draws once; a DataLoader gives its first samples each time.
         engine: How gradients are computed; see `gradient_gram`. All give the same numbers.
-        reuse_backward: Read the gradients off the training step's own backward pass, with its own dropout masks,
-            instead of taking another pass. The first measurement takes one all the same, and so do modules of
-            which a sample's gradient cannot be read there, with BatchNorm in training mode for example;
-            docs/engines.md lists them.
-        chunk_size: Units differentiated at once by ``vmap``.
         parameters: Glob patterns on names of parameters; None is all that require grad.
         loss_fn: ``loss_fn(module, batch)``, instead of ``training_step``. Needed with manual optimization.
         memory_budget: Bytes, or a text like ``"2GB"``, that each process may fill with gradients beside what a
@@ -150,8 +143,6 @@ class GradientConfusionCallback(Callback):
         unit_size: int | Literal["batch"] = 1,
         source: Literal["current", "fresh", "fixed"] | DataLoader = "current",  # type: ignore[type-arg]
         engine: Engine = "auto",
-        reuse_backward: bool = False,
-        chunk_size: int | None = None,
         memory_budget: int | str | None = None,
         parameters: str | Sequence[str] | None = None,
         loss_fn: Callable[[LightningModule, Any], Tensor] | None = None,
@@ -175,7 +166,7 @@ class GradientConfusionCallback(Callback):
             )
         _check_at_least(1, every_n_train_steps=every_n_train_steps, every_n_epochs=every_n_epochs)
         _check_at_least(2, num_units=num_units)
-        _check_at_least(1, unit_size=None if unit_size == "batch" else unit_size, chunk_size=chunk_size)
+        _check_at_least(1, unit_size=None if unit_size == "batch" else unit_size)
         if memory_budget is not None:
             bytes_of(memory_budget)
         _check_at_least(0, per_layer=int(per_layer) if isinstance(per_layer, bool) else per_layer, seed=seed)
@@ -186,13 +177,6 @@ class GradientConfusionCallback(Callback):
             raise ValueError(f"engine={engine!r} is not one of {', '.join(map(repr, get_args(Engine)))}")
         if loss_fn is not None and not callable(loss_fn):
             raise ValueError(f"loss_fn={loss_fn!r} is not a function of a module and a batch")
-        if reuse_backward and (source != "current" or unit_size == "batch" or every_n_epochs is not None):
-            raise ValueError(
-                "reuse_backward=True measures samples of the batch in training; it needs source='current', a number as "
-                "unit_size, and no every_n_epochs"
-            )
-        if reuse_backward and engine not in ("auto", "ghost"):
-            raise ValueError(f"reuse_backward=True is a way of engine='ghost'; it does not go with engine={engine!r}")
         if figures and find_spec("matplotlib") is None:
             raise ValueError('figures=True needs matplotlib: pip install "lightning_gradconf[plots]"')
         if labels is not None and unit_size != 1:
@@ -205,8 +189,6 @@ class GradientConfusionCallback(Callback):
         self.unit_size = unit_size
         self.source = source
         self.engine = engine
-        self.reuse_backward = reuse_backward
-        self.chunk_size = chunk_size
         self.memory_budget = memory_budget
         self.parameters = parameters
         self.loss_fn = loss_fn
@@ -247,8 +229,6 @@ class GradientConfusionCallback(Callback):
         self._memory: Memory | None = None
         self._ranks = Ranks(torch.device("cpu"))
         self._sharded = False
-        self._rider: Rider | None = None
-        self._riding: tuple[int, list[Unit], list[int]] | None = None
         self._report = Report(
             self.statistics, self.per_layer, self.histogram, self.figures, self.top_pairs, self.prefix
         )
@@ -275,9 +255,6 @@ class GradientConfusionCallback(Callback):
             self._warn_once(f"measures nothing in this run. {reason}.")
         elif self._sharded and (self.labels is not None or self.top_pairs):
             self._warn_once("labels= and top_pairs= say nothing in this run: with FSDP a unit spans all ranks.")
-        elif self.reuse_backward:
-            refused = reason_not_to_ride(pl_module, self.loss_fn)
-            self._rider = Rider(self._ranks, self._memory, int(self.unit_size), self.parameters, refused)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure the weights before the step of this batch, if it is time."""
@@ -286,35 +263,14 @@ class GradientConfusionCallback(Callback):
         due = self._pending or (self.every_n_epochs is None and self._step_is_due(trainer))
         if due and self._measured_at == _step(trainer):  # while gradients accumulate, the step stays the same
             due = self._pending = False
-        self._riding = None
-        if self._rider is not None and self._rider.expect(batch, self._n if due else None):
-            self._guarded(lambda: self._board(trainer, pl_module, batch, batch_idx))
-            return
         self._source.see(trainer, batch, batch_idx, due)
         if due and (self._n is not None or self._ranks.minimum(self._source.ready())):
             self._guarded(lambda: self._measure(trainer, pl_module, batch, batch_idx))
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Ride on this backward pass, if it is time."""
-        if self._rider is not None:
-            self._rider.on_before_backward(trainer, pl_module, loss)
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Get off."""
-        if self._rider is not None:
-            self._rider.on_after_backward()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Get off where a backward pass broke off."""
-        if self._rider is not None:
-            self._rider.leave()
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measure the weights at the end of an epoch, if it is time, and log what the step has brought."""
-        if self._rider is not None:
-            self._guarded(lambda: self._arrive(trainer, pl_module))
+        """Measure the weights at the end of an epoch, if it is time."""
         if not self._enabled or self.every_n_epochs is None or trainer.fit_loop._skip_backward:
             return
         finished = trainer.is_last_batch or trainer.global_step == trainer.max_steps
@@ -332,7 +288,7 @@ class GradientConfusionCallback(Callback):
             self._guarded(lambda: self._conclude(trainer), logging=True)
         self._source.forget()
         self._ranks.leave()
-        self._memory = self._rider = None
+        self._memory = None
 
     def _every(self, trainer: Trainer) -> int:
         logged = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
@@ -372,8 +328,6 @@ class GradientConfusionCallback(Callback):
                 target = objective(pl_module, loss, self.parameters)
                 how = (target, [unit.batch for unit in units], unit_size)
                 grams, used = self._grams(trainer, *how, sampling.size_of(batch))
-                if self._rider is not None and any(given):
-                    self._rider.try_out(target, batch, n if used == "ghost" else 0)
         if before and not self._verified(before, digests(trainer, pl_module)):
             return
         if not enough:
@@ -401,40 +355,10 @@ class GradientConfusionCallback(Callback):
             }  # fmt: skip
             if self._sharded:
                 return sharded.gram_of_units(self._ranks, target, batches, unit_size, **options), "loop"
-            how = (target, batches, unit_size, self._engine, self.chunk_size)
+            how = (target, batches, unit_size, self._engine)
             if self._ranks.size > 1:
                 return distributed.gram_of_units(self._ranks, *how, **options, usual=usual, memory=self._memory)
             return gram_of_units(*how, **options, usual=usual, memory=self._memory)
-
-    def _board(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep what is to be told of the units that a ride measures, before training_step may write to them."""
-
-        def read() -> tuple[list[Unit], list[int]]:
-            with no_trace(trainer, pl_module):
-                units = sampling.units_of(batch, batch_idx, self.unit_size, self._n)
-                return units, self._classes(units)
-
-        told = self.top_pairs > 0 or self.labels is not None
-        self._riding = (_step(trainer), *(self._ranks.on_all(read) if told else ([], [])))
-
-    def _arrive(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what was measured on the way, at the step whose weights it belongs to."""
-        assert self._rider is not None
-        grams, riding = self._rider.result(), self._riding
-        if riding is None:
-            return
-        step, units, classes = riding
-        self._pending = True  # until there is a measurement
-        overflow = (
-            getattr(trainer.precision_plugin, "scaler", None) is not None
-            and grams is not None
-            and not all(bool(gram.isfinite().all()) for gram in grams.values())
-        )
-        if grams is None or overflow:  # a GradScaler tries scales that are too large
-            return
-        self._pending, self._measured_at, self._failures = False, step, 0
-        measured = self._described(trainer, Measurement(grams, int(self.unit_size), step), units, classes)
-        self._guarded(lambda: self._log(trainer, pl_module, measured), logging=True)
 
     def _classes(self, units: list[Unit]) -> list[int]:
         """The class of each unit, none without ``labels``."""

@@ -21,13 +21,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from lightning_gradconf import GradientConfusionCallback, callback
-from lightning_gradconf.batches import draws as sampling
 from lightning_gradconf.batches import sources as source
-from lightning_gradconf.gram.ghost import accumulator as collector
 from lightning_gradconf.gram.ghost import factors
 from lightning_gradconf.gram.ranks import data_parallel as distributed
 from lightning_gradconf.reports import report
-from lightning_gradconf.training import riding
 from lightning_gradconf.training import training_step as probe
 
 
@@ -120,10 +117,7 @@ class Break(pl.Callback):
             "block": (type(module), "measured_loss"),
             "sharded forward": (type(module), "measured_loss"),
             "statistics": (report, "gradient_statistics"),
-            "boarding": (riding, "board"),
-            "ride": (collector, "copied"),
             "exchange": (factors, "gram_of_sum"),
-            "telling": (sampling, "units_of"),
         }[self.stage]
         if trainer.global_rank == 1:
             setattr(owner, name, broken)
@@ -199,8 +193,8 @@ def train(
     logging.getLogger("lightning_gradconf").handlers = [said]
     callbacks = [Leave(out, warned, said)]
     if confusion is not None:
-        # Broken where the training step is not; but with a loss of its own there is nothing to ride on.
-        loss_fn = None if fail is None or not noise else lambda module, batch: module.measured_loss(batch)
+        # Broken where the training step is not.
+        loss_fn = None if fail is None else lambda module, batch: module.measured_loss(batch)
         callbacks.append(Watched(loss_fn=loss_fn, **confusion))
     if fail is not None:
         callbacks.append(Break(fail))

@@ -451,7 +451,6 @@ def test_the_training_loader_itself_is_refused():
         ("unit_size", "sample"),
         ("source", "val"),
         ("engine", "fast"),
-        ("chunk_size", 0),
         ("loss_fn", "mse"),
         ("statistics", ["eta", "mean"]),
         ("statistics", ["within_class_cosine"]),
@@ -466,14 +465,6 @@ def test_arguments_are_checked_and_named(argument, value):
         GradientConfusionCallback(**{argument: value})
     shown = value[-1] if isinstance(value, list) else value
     assert str(shown) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "other", [{"source": "fresh"}, {"unit_size": "batch"}, {"every_n_epochs": 1}, {"engine": "loop"}], ids=str
-)
-def test_what_does_not_go_with_riding(other):
-    with pytest.raises(ValueError, match="reuse_backward=True"):
-        GradientConfusionCallback(reuse_backward=True, **other)
 
 
 def test_two_schedules_exclude_each_other():

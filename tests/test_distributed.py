@@ -28,9 +28,6 @@ from lightning_gradconf.gram.ranks import data_parallel as distributed
 from lightning_gradconf.gram.ranks.process_group import Ranks, joined
 
 HERE = Path(__file__).parent
-rides = pytest.mark.skipif(
-    not hasattr(torch._C._autograd.SavedTensor, "unpack_hook"), reason="this torch hides its hooks"
-)
 
 
 # ---- the Gram of rows that lie on several ranks ----------------------------------------------------------------------
@@ -132,7 +129,7 @@ def engines_on_rank(rank: int, ranks: int, store: str, out: str) -> None:
 
     def measure(key: str, module: nn.Module, loss_fn: Any, units: list[Any]) -> None:
         target = objective(module, loss_fn)
-        grams, used = distributed.gram_of_units(together, target, units, 1, "auto", None, False)
+        grams, used = distributed.gram_of_units(together, target, units, 1, "auto", False)
         why = [record.getMessage() for record in said.buffer]
         said.flush()
         with MeasuredLayers(running_statistics=True, dropout=False):
@@ -194,9 +191,6 @@ OPTIONS = {
 STAGES = ["isolation", "sampling", "preparation", "plan", "forward", "block", "statistics"]
 # Room for 3 of the 4 gradients: two are held, and the other two computed again.
 BLOCKS = {"engine": "loop", "memory_budget": 1500}
-# The first batch is measured in a pass of its own, with all of its 4 samples.
-RIDE = EVERY | {"reuse_backward": True, "num_units": 3, "labels": 1, "top_pairs": 2}
-RIDE_STAGES = ["boarding", "ride", "exchange", "telling"]
 RUNS = {
     **{f"{name}, without": {"options": options} for name, options in OPTIONS.items()},
     **{
@@ -211,27 +205,13 @@ RUNS = {
     },
     "in blocks": {"confusion": EVERY | BLOCKS | {"labels": 1, "top_pairs": 3}},
     **{f"broken {stage}": {"confusion": EVERY | BLOCKS, "fail": stage} for stage in STAGES},
-    **{f"riding, {name}, without": {"noise": False, "options": options} for name, options in OPTIONS.items()},
-    **{
-        f"riding, {name}, {word}": {"noise": False, "options": options, "confusion": RIDE | {"reuse_backward": reuse}}
-        for name, options in OPTIONS.items()
-        for word, reuse in (("with", True), ("in passes of its own", False))
-    },
-    "riding, accumulation, without": {"noise": False, "accumulate": 2},
-    "riding, accumulation, with": {"noise": False, "accumulate": 2, "confusion": RIDE},
-    "riding, accumulation, in passes of its own": {
-        "noise": False, "accumulate": 2, "confusion": RIDE | {"reuse_backward": False},
-    },
-    "riding, three ranks": {"noise": False, "devices": 3, "samples": 22, "confusion": RIDE | {"num_units": 2}},
     **{
         f"smaller batches on one rank, {word}": {"noise": False, "smaller": True} | confusion
         for word, confusion in {
             "without": {},
             "with": {"confusion": EVERY},
-            "ridden on": {"confusion": EVERY | {"reuse_backward": True}},
         }.items()
     },
-    **{f"riding, broken {stage}": {"noise": False, "confusion": RIDE, "fail": stage} for stage in RIDE_STAGES},
 }  # fmt: skip
 # Lightning starts the ranks of FSDP by running the script again, so that there is one run in a script.
 FSDP = {
@@ -239,7 +219,7 @@ FSDP = {
     for accumulate in (1, 2)
     for word, confusion in {
         "without": {},
-        "with": {"confusion": EVERY | {"unit_size": accumulate, "reuse_backward": True}},
+        "with": {"confusion": EVERY | {"unit_size": accumulate}},
     }.items()
 } | {"fsdp, broken": {"strategy": "fsdp2", "confusion": EVERY, "fail": "sharded forward"}}
 
@@ -293,15 +273,13 @@ def test_uneven_batches_on_three_ranks(left):
     assert all(rank["statistics"] == measured[0]["statistics"] for rank in measured)
 
 
-@pytest.mark.parametrize("reuse", [False, pytest.param(True, marks=rides)])
-def test_a_rank_with_smaller_batches(reuse, left):
+def test_a_rank_with_smaller_batches(left):
     """The units of all are then as many as its own."""
-    word = "ridden on" if reuse else "with"
-    measured = left(f"smaller batches on one rank, {word}")
+    measured = left("smaller batches on one rank, with")
     assert_no_trace(left("smaller batches on one rank, without"), measured)
     for rank in measured:
         assert rank["warnings"] == []
-        assert rank["passes"] == ([0] if reuse else [0, 1, 2, 3, 4, 5])
+        assert rank["passes"] == [0, 1, 2, 3, 4, 5]
         assert len(rank["gram"]) == 2 * 3 and rank["statistics"] == measured[0]["statistics"]
 
 
@@ -332,50 +310,6 @@ def test_pairs_are_told_by_rank_and_the_same_on_all(left):
         assert cosine == pytest.approx(float(value), abs=1e-6) == pytest.approx(float(cosines[tuple(units)]), abs=1e-6)
         assert origins == [f"rank {unit // 4}, batch 2, sample {unit % 4}" for unit in units]
         assert len(labels) == 2
-
-
-@rides
-@pytest.mark.parametrize("name", [*OPTIONS, "accumulation"])
-def test_riding_across_ranks_is_a_pass_of_its_own_on_all(name, left):
-    riding, own = left(f"riding, {name}, with"), left(f"riding, {name}, in passes of its own")
-    assert_no_trace(left(f"riding, {name}, without"), riding)
-    assert_no_trace(own, riding)
-    gram, wanted = (torch.tensor(run[0]["gram"], dtype=torch.float64) for run in (riding, own))
-    scale = wanted.diagonal().sqrt()
-    torch.testing.assert_close(gram / scale.outer(scale), wanted / scale.outer(scale), rtol=0, atol=1e-5)
-    assert len(gram) == 6
-    for one, other in zip(riding, own, strict=True):
-        assert one["warnings"] == one["said"] == []
-        assert one["statistics"] == riding[0]["statistics"], "bitwise the same on all ranks"
-        assert one["passes"] == [0] and len(other["passes"]) == len(riding[0]["ours"]) > 2
-        assert [step for step, _ in one["ours"]] == [step for step, _ in other["ours"]]
-        assert one["pairs"] == riding[0]["pairs"] and one["pairs"][0][1:] == other["pairs"][0][1:]
-
-
-@rides
-def test_riding_on_three_ranks_with_uneven_batches(left):
-    measured = left("riding, three ranks")
-    assert len(measured) == 3 and len(measured[0]["gram"]) == 6
-    for rank in measured:
-        assert rank["statistics"] == measured[0]["statistics"]
-        assert 0 in rank["passes"] and len(rank["passes"]) < len(measured[0]["ours"])
-
-
-@rides
-@pytest.mark.parametrize("stage", RIDE_STAGES)
-def test_one_rank_that_cannot_ride_leaves_all_measuring(stage, left):
-    measured = left(f"riding, broken {stage}")
-    assert_no_trace(left("riding, plain, without"), measured)
-    assert measured[0]["passes"] == measured[1]["passes"]
-    assert measured[0]["statistics"] == measured[1]["statistics"]
-    told = {rank: measured[rank]["said"] + measured[rank]["warnings"] for rank in (0, 1)}
-    if stage == "telling":  # of the units, which a pass of its own could not do either
-        assert measured[0]["passes"] == [0]
-        assert any("another rank could not measure" in message for message in told[0])
-    else:
-        assert len(measured[0]["passes"]) >= len(measured[0]["ours"]) - 1
-        assert measured[0]["warnings"] == []
-    assert any("broken on rank 1" in message for message in told[1])
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -18,9 +18,9 @@ from test_no_trace import assert_same
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradconf import GradientConfusionCallback
-from lightning_gradconf.gram import select
 from lightning_gradconf.batches import sources as source
 from lightning_gradconf.batches import units
+from lightning_gradconf.gram import select
 from lightning_gradconf.reports import report
 
 

@@ -586,10 +586,6 @@ SCENARIOS: dict[str, Scenario] = {
 # Every way of taking units meets every scenario, and so does every engine.
 VARIANTS: dict[str, dict[str, Any]] = {
     "current": {},
-    "current, riding": {
-        **{"reuse_backward": True, "every_n_train_steps": 1, "num_units": 3},
-        **{"top_pairs": 1, "labels": lambda batch: random.randrange(2)},
-    },
     "current pairs, loop": {"unit_size": 2, "engine": "loop", "every_n_train_steps": 1},
     "current batches": {"unit_size": "batch", "num_units": 2, "every_n_train_steps": 3},
     "current epochs": {"every_n_epochs": 1, "unit_size": 2},

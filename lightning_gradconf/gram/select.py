@@ -38,7 +38,6 @@ def gradient_gram(
     *,
     unit_size: int = 1,
     engine: Engine = "auto",
-    chunk_size: int | None = None,
     parameters: str | Sequence[str] | None = None,
     dropout: bool = False,
     memory_budget: int | str | None = None,
@@ -60,8 +59,6 @@ def gradient_gram(
         unit_size: Samples behind each gradient.
         engine: ``"ghost"`` takes one pass over all units and never holds all gradients, ``"vmap"`` forms all,
             ``"loop"`` one after the other; ``"auto"`` is the first of them that can.
-        chunk_size: How many units ``vmap`` differentiates at once; None is all of them, or what ``memory_budget``
-            allows.
         parameters: Glob patterns on the names of parameters; None is all that require grad.
         dropout: Leave dropout on, with masks of its own for each unit.
         memory_budget: Bytes, or a text like ``"2GB"``, that ``vmap`` and ``loop`` may fill with gradients, beside what
@@ -97,7 +94,7 @@ def gradient_gram(
     target = objective(module, loss_fn, parameters)
     with untouched(module):
         units = split(batch, unit_size)
-        grams, _ = gram_of_units(target, units, unit_size, engine, chunk_size, dropout, memory_budget=memory_budget)
+        grams, _ = gram_of_units(target, units, unit_size, engine, dropout, memory_budget=memory_budget)
     return grams
 
 
@@ -106,7 +103,6 @@ def gram_of_units(
     units: Sequence[Any],
     unit_size: int | None,
     engine: str = "auto",
-    chunk_size: int | None = None,
     dropout: bool = False,
     memory: ghost.Memory | None = None,
     memory_budget: int | str | None = None,
@@ -132,7 +128,7 @@ def gram_of_units(
 
     engines: dict[str, Callable[[], dict[str, Tensor]]] = {
         "ghost": lambda: ghost.unit_grams(target, units, unit_size, memory, budget),
-        "vmap": lambda: by(vmap.differentiator(target), chunk_size or (at_once if at_once < n else None)),
+        "vmap": lambda: by(vmap.differentiator(target), at_once if at_once < n else None),
         "loop": lambda: by(loop.differentiator(target), 1),
     }
     if engine != "auto" and engine not in engines:

@@ -151,15 +151,6 @@ def reason_not_to_measure(trainer: Trainer, module: LightningModule, loss_fn: St
     return None
 
 
-def reason_not_to_ride(module: LightningModule, loss_fn: StepLoss | None) -> str | None:
-    """Return why the backward pass of a training step cannot be read, None if it may be."""
-    if sharded.is_sharded(module):
-        return "with FSDP a unit spans all ranks"
-    if loss_fn is not None and module.automatic_optimization:
-        return "with loss_fn= the loss in training is another one"
-    return None
-
-
 def _is_overridden(module: LightningModule, hook: str) -> bool:
     origin = getattr(getattr(module, hook), "__module__", "")
     return not origin.startswith(("lightning.", "pytorch_lightning."))

@@ -38,7 +38,6 @@ def gram_of_units(
     units: Sequence[Any],
     unit_size: int | None,
     engine: str,
-    chunk_size: int | None,
     dropout: bool,
     memory_budget: int | str | None = None,
     progress: Progress | None = None,
@@ -60,7 +59,7 @@ def gram_of_units(
         if name == "ghost":
             factors = ranks.on_all(lambda: ghost.unit_factors(target, units, unit_size, memory, budget))
             return gram_of_factors(ranks, target.parameters, factors, n, memory.work)
-        chunk = None if name == "loop" else chunk_size or (at_once if at_once < n else None)
+        chunk = None if name == "loop" else (at_once if at_once < n else None)
         made = plan(n, bytes_of_each, budget, chunk)
         compute = repeatable(ranks.on_all(lambda: differentiators[name](target)), units, made)
         return contract(ranks, n, lambda i, j: ranks.on_all(lambda: compute(i, j)), made, sum(bytes_of_each), progress)
