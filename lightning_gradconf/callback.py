@@ -17,10 +17,8 @@ from lightning_gradconf.batches import draws as sampling
 from lightning_gradconf.batches.draws import Unit
 from lightning_gradconf.batches.sources import Source
 from lightning_gradconf.batches.units import copy_of
-from lightning_gradconf.gram.ghost.engine import Memory
 from lightning_gradconf.gram.memory_budget import bytes_of
 from lightning_gradconf.gram.objective import Objective, objective
-from lightning_gradconf.gram.ranks import data_parallel as distributed
 from lightning_gradconf.gram.ranks import sharded
 from lightning_gradconf.gram.ranks.process_group import Ranks, joined
 from lightning_gradconf.gram.select import Engine, gram_of_units, in_words
@@ -226,7 +224,6 @@ class GradientConfusionCallback(Callback):
             self.source, self.unit_size, self.num_units, self.seed, over_batches=self.every_n_epochs is not None
         )
         self._measured_at: int | None = None
-        self._memory: Memory | None = None
         self._ranks = Ranks(torch.device("cpu"))
         self._sharded = False
         self._report = Report(
@@ -241,7 +238,6 @@ class GradientConfusionCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide once whether this run can be measured."""
         self._start_run()
-        self._memory = Memory()
         self._sharded = sharded.is_sharded(pl_module)
         reason = reason_not_to_measure(trainer, pl_module, self.loss_fn)
         if reason is None and any(self.source is loader for loader in sampling.training_loaders(trainer)):
@@ -288,7 +284,6 @@ class GradientConfusionCallback(Callback):
             self._guarded(lambda: self._conclude(trainer), logging=True)
         self._source.forget()
         self._ranks.leave()
-        self._memory = None
 
     def _every(self, trainer: Trainer) -> int:
         logged = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
@@ -355,10 +350,8 @@ class GradientConfusionCallback(Callback):
             }  # fmt: skip
             if self._sharded:
                 return sharded.gram_of_units(self._ranks, target, batches, unit_size, **options), "loop"
-            how = (target, batches, unit_size, self._engine)
-            if self._ranks.size > 1:
-                return distributed.gram_of_units(self._ranks, *how, **options, usual=usual, memory=self._memory)
-            return gram_of_units(*how, **options, usual=usual, memory=self._memory)
+            how = (self._ranks, target, batches, unit_size, self._engine)
+            return gram_of_units(*how, **options, ordinary=usual)
 
     def _classes(self, units: list[Unit]) -> list[int]:
         """The class of each unit, none without ``labels``."""
