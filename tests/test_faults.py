@@ -110,7 +110,12 @@ FUNCTIONS: dict[str, tuple[Any, str]] = {
     "histogram": (SummaryWriter, "add_histogram"),
 }
 STAGES = [
-    *((stage, "auto") for stage in (*FUNCTIONS, "on_train_batch_start", "pl_module.log", "logger")),
+    *(
+        (stage, "auto")
+        for stage in (*FUNCTIONS, "on_train_batch_start", "pl_module.log", "logger")
+        if stage != "contraction"
+    ),
+    ("contraction", "loop"),  # what the other engines contract is left to it
     *((stage, engine) for stage in ("forward", "backward") for engine in ("auto", "vmap", "loop")),
 ]
 
