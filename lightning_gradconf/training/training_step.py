@@ -46,7 +46,7 @@ def no_trace(trainer: Trainer, module: LightningModule, *others: Any) -> Iterato
         hooks = any(_is_overridden(module, name) for name in _HOOKS)
         stack.enter_context(untouched(module, *groups, *schedulers, *others, data=data, tensors=hooks))
         # Among its attributes are should_stop and the loggers, and what the user's code keeps there.
-        stack.callback(restore_mapping, vars(trainer), list(vars(trainer).items()))
+        stack.callback(restore_mapping, vars(trainer), dict(vars(trainer)))
         dummy = import_module(f"{namespace(trainer).__name__}.loggers.logger").DummyLogger
         trainer.loggers = [dummy() for _ in trainer.loggers]
         for part in lightning_modules(module):
