@@ -81,7 +81,7 @@ class Stateful(Module):
         self.table["nested"][0] += 1
         self.table[self.count] = "seen"
         self.recent.append(self.count)
-        self.labels.add(self.count)
+        self.labels.add((self.count, len(x)))
         self.array += 1
         self.running += x.mean().detach()
         self.totals["n"] += len(x)

@@ -153,13 +153,7 @@ class _Memory:
         if isinstance(value, Tensor):
             self._remember_tensor(value, path)
         elif isinstance(value, nn.Module):
-            tensors = ("_parameters", "_buffers") if id(value) in self.swapped else ()
-            for name, entries in vars(value).items():
-                if name in tensors or (name in _OF_EVERY_MODULE and isinstance(entries, dict) and not entries):
-                    self.seen[id(entries)] = entries
-                    kept = self.containers if entries else self.values
-                    kept.append(partial(restore_mapping, entries, dict(entries)))
-            self.remember(vars(value), path)
+            self._remember_module(value, path)
         elif isinstance(value, MutableMapping):
             self.containers.append(partial(restore_mapping, value, dict(value)))
             for key, entry in value.items():
@@ -210,6 +204,21 @@ class _Memory:
             return True
         module = type(value).__module__
         return module.partition(".")[0] == self.home or not _is_installed(module)
+
+    def _remember_module(self, module: nn.Module, path: str) -> None:
+        """Keep how to put a module back; layers of torch.nn write to nothing but their buffers."""
+        attributes = vars(module)
+        self.seen[id(attributes)] = attributes
+        watched = self.values if type(module).__module__.startswith("torch.nn.") else self.containers
+        watched.append(partial(restore_mapping, attributes, dict(attributes)))
+        tensors = ("_parameters", "_buffers") if id(module) in self.swapped else ()
+        for name, entry in attributes.items():
+            empty = name in _OF_EVERY_MODULE and not entry
+            if name in tensors or (empty and isinstance(entry, dict)):
+                self.seen[id(entry)] = entry
+                (self.values if empty else watched).append(partial(restore_mapping, entry, dict(entry)))
+            elif name not in _NOT_FOLLOWED:
+                self.remember(entry, f"{path}.{name}")
 
     def _remember_tensor(self, tensor: Tensor, path: str) -> None:
         saved = tensor.detach().clone()
