@@ -194,7 +194,7 @@ def _handled(handler: _Handler) -> Iterator[None]:
         _handling += 1
         if _handling == 1:
             for cls in _metric_classes():
-                cls.__getattribute__ = _intercepting(cls.__getattribute__)  # type: ignore[assignment, method-assign]
+                cls.__getattribute__ = _intercepting(cls.__getattribute__)  # type: ignore
     _here.handler = handler
     try:
         yield

@@ -287,7 +287,7 @@ def _restore_written(tensor: Tensor, saved: Tensor, version: int) -> bool:
 
 
 def _restore_array(array: Any, saved: Any) -> bool:
-    changed = array.tobytes() != saved.tobytes()
+    changed: bool = array.tobytes() != saved.tobytes()
     if changed:
         array[...] = saved
     return changed
