@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_gradconf.gram.memory_budget import bytes_of
 from lightning_gradconf.gram.select import Engine
 from lightning_gradconf.reports.report import Pair
-from lightning_gradconf.statistics import statistic_names
+from lightning_gradconf.training import arguments as check
 from lightning_gradconf.training.compat import Callback, MisconfigurationException, warn
 from lightning_gradconf.training.publish import conclude, publish
 from lightning_gradconf.training.session import Session, reason_not_to_start
@@ -111,6 +109,9 @@ class GradientConfusionCallback(Callback):
         torch.Size([4, 4])
     """
 
+    _given: dict[str, Any]  # the arguments that differ from their defaults
+
+    @check.keywords_only
     def __init__(
         self,
         *,
@@ -122,14 +123,14 @@ class GradientConfusionCallback(Callback):
         engine: Engine = "auto",
         memory_budget: int | str | None = None,
         parameters: str | Sequence[str] | None = None,
-        loss_fn: Callable[[LightningModule, Any], Tensor] | None = None,
+        loss_fn: Callable[..., Any] | None = None,
         dropout: bool = False,
         statistics: Sequence[str] | Literal["default", "all"] = "default",
         per_layer: bool | int = False,
         histogram: bool = True,
         figures: bool = False,
         top_pairs: int = 0,
-        labels: str | int | Callable[[Any], Any] | None = None,
+        labels: int | Callable[..., Any] | str | None = None,
         prefix: str = "gradient_confusion",
         prog_bar: bool = False,
         seed: int = 0,
@@ -141,52 +142,35 @@ class GradientConfusionCallback(Callback):
                 f"every_n_train_steps={every_n_train_steps} and every_n_epochs={every_n_epochs} exclude each other; "
                 "give one of them"
             )
-        _check_at_least(1, every_n_train_steps=every_n_train_steps, every_n_epochs=every_n_epochs)
-        _check_at_least(2, num_units=num_units)
-        _check_at_least(1, unit_size=None if unit_size == "batch" else unit_size)
-        if memory_budget is not None:
-            bytes_of(memory_budget)
-        _check_at_least(0, per_layer=int(per_layer) if isinstance(per_layer, bool) else per_layer, seed=seed)
-        _check_at_least(0, top_pairs=top_pairs)
-        if not isinstance(source, DataLoader) and source not in ("current", "fresh", "fixed"):
-            raise ValueError(f"source={source!r} is not 'current', 'fresh', 'fixed' or a DataLoader")
-        if engine not in get_args(Engine):
-            raise ValueError(f"engine={engine!r} is not one of {', '.join(map(repr, get_args(Engine)))}")
-        if loss_fn is not None and not callable(loss_fn):
-            raise ValueError(f"loss_fn={loss_fn!r} is not a function of a module and a batch")
-        if figures and find_spec("matplotlib") is None:
-            raise ValueError('figures=True needs matplotlib: pip install "lightning_gradconf[plots]"')
-        if labels is not None and unit_size != 1:
-            raise ValueError(f"labels= gives each unit one class, so it needs unit_size=1, found {unit_size!r}")
-        if not isinstance(prefix, str) or not prefix:
-            raise ValueError(f"prefix={prefix!r} must be a non-empty string")
-        self.every_n_train_steps = every_n_train_steps
-        self.every_n_epochs = every_n_epochs
-        self.num_units = num_units
-        self.unit_size = unit_size
-        self.source = source
-        self.engine = engine
-        self.memory_budget = memory_budget
-        self.parameters = parameters
-        self.loss_fn = loss_fn
-        self.dropout = dropout
-        self.statistics = statistic_names(statistics, with_labels=labels is not None)
-        if statistics == "default" and labels is not None:
-            self.statistics += ("within_class_cosine", "between_class_cosine")
-        self.per_layer = per_layer
-        self.histogram = histogram
-        self.figures = figures
-        self.top_pairs = top_pairs
-        self.labels = labels
-        self.prefix = prefix
-        self.prog_bar = prog_bar
-        self.seed = seed
-        self.verify = verify
+        self.every_n_train_steps = check.interval(every_n_train_steps=every_n_train_steps)
+        self.every_n_epochs = check.interval(every_n_epochs=every_n_epochs)
+        self.num_units = check.integer(2, num_units=num_units)
+        self.unit_size = check.size_of_unit(unit_size)
+        self.source = check.data_source(source)
+        self.engine = check.engine_name(engine)
+        self.memory_budget = check.budget(memory_budget)
+        self.parameters = check.patterns(parameters)
+        self.loss_fn = check.loss_function(loss_fn)
+        self.dropout = check.flag(dropout=dropout)
+        self.labels = check.place_of_labels(labels, unit_size)
+        self.statistics = check.names_of_statistics(statistics, with_labels=labels is not None)
+        self.per_layer = check.depth(per_layer)
+        self.histogram = check.flag(histogram=histogram)
+        self.figures = check.with_matplotlib(figures)
+        self.top_pairs = check.integer(0, top_pairs=top_pairs)
+        self.prefix = check.first_part_of_keys(prefix)
+        self.prog_bar = check.flag(prog_bar=prog_bar)
+        self.seed = check.integer(0, seed=seed)
+        self.verify = check.flag(verify=verify)
         self.last_gram: Tensor | None = None
         self.last_statistics: dict[str, float] = {}
         self.last_step: int | None = None
         self.last_top_pairs: list[Pair] = []
         self._session: Session | None = None
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{name}={check.shown(value)}" for name, value in self._given.items())
+        return f"{type(self).__name__}({given})"
 
     @property
     def state_key(self) -> str:
@@ -233,9 +217,3 @@ class GradientConfusionCallback(Callback):
             self.last_gram, self.last_step = measurement.gram, measurement.step
             self.last_statistics, self.last_top_pairs = statistics, pairs
             publish(session, measurement, statistics, pairs)
-
-
-def _check_at_least(least: int, **arguments: int | None) -> None:
-    for name, value in arguments.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
