@@ -37,13 +37,13 @@ TESTS = (
 )
 SELECTION = "not (epochs or fixed or batches)"  # the other ways of taking units are enough to notice
 
-ISOLATION, PROBE, LOOP, VMAP, UNITS, CALLBACK, LAYERS = (
+ISOLATION, PROBE, LOOP, VMAP, UNITS, SESSION, LAYERS = (
     "gram/module_state.py",
     "training/training_step.py",
     "gram/loop.py",
     "gram/vmap.py",
     "batches/units.py",
-    "callback.py",
+    "training/session.py",
     "gram/measurement_mode.py",
 )
 # part: file, what the file says, what it says when broken.
@@ -115,9 +115,9 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     ),
     "BatchNorm leaves its buffers": (LAYERS, "        if func is F.batch_norm:", "        if False:"),
     "errors never reach the training": (
-        CALLBACK,
-        "        except Exception as error:\n            what, advice =",
-        "        except ZeroDivisionError as error:\n            what, advice =",
+        SESSION,
+        "        except Exception as error:\n            self._count_failure(",
+        "        except ZeroDivisionError as error:\n            self._count_failure(",
     ),
 }
 

@@ -20,11 +20,12 @@ from runs import CLASSES, FEATURES, QUIET, Data, Module, Rows, frozen
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from lightning_gradconf import GradientConfusionCallback, callback
+from lightning_gradconf import GradientConfusionCallback
 from lightning_gradconf.batches import sources as source
 from lightning_gradconf.gram.ghost import factors
 from lightning_gradconf.gram.ranks import data_parallel as distributed
 from lightning_gradconf.reports import report
+from lightning_gradconf.training import session
 from lightning_gradconf.training import training_step as probe
 
 
@@ -111,7 +112,7 @@ class Break(pl.Callback):
         owner, name = {
             "isolation": (probe, "untouched"),
             "sampling": (source, "units_of"),
-            "preparation": (callback, "prepare_step"),
+            "preparation": (session, "prepare_step"),
             "plan": (distributed, "bytes_for_gradients"),
             "forward": (type(module), "measured_loss"),
             "block": (type(module), "measured_loss"),
@@ -130,9 +131,9 @@ class Watched(GradientConfusionCallback):
         self.passes = []
         super().on_train_start(*args)
 
-    def _measure(self, trainer, *args):
-        self.passes.append(trainer.fit_loop.epoch_loop._batches_that_stepped)
-        super()._measure(trainer, *args)
+    def _measure(self, session, *args):
+        self.passes.append(session.trainer.fit_loop.epoch_loop._batches_that_stepped)
+        super()._measure(session, *args)
 
 
 class Leave(pl.Callback):

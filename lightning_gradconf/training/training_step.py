@@ -19,7 +19,7 @@ from lightning_gradconf.training.compat import lightning_modules, namespace
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-    StepLoss: TypeAlias = Callable[[LightningModule, Any], Tensor | None]
+    LossOfBatch: TypeAlias = Callable[[LightningModule, Any], Tensor | None]
 
 
 # Hooks of the module that a measurement calls, on the module itself and not on copies of its tensors.
@@ -66,32 +66,38 @@ def no_trace(trainer: Trainer, module: LightningModule, *others: Any) -> Iterato
         yield
 
 
-def step_loss(
-    trainer: Trainer, module: LightningModule, loss_fn: StepLoss | None, batch_idx: int, given: list[bool]
-) -> Callable[[LightningModule, Any], Tensor]:
-    """Return ``loss_fn``, or else the loss of ``training_step``, under the precision of the Trainer.
+class StepLoss:
+    """The loss of a batch, by ``loss_fn`` or else ``training_step``, in the precision of the Trainer.
 
-    A step that returns None, which tells Lightning to skip the batch, has a constant loss. Each call appends to
-    ``given`` whether it gave a loss.
+    A step that returns None, which tells Lightning to skip the batch, has a constant loss.
+
+    Attributes:
+        skipped: Whether no call has given a loss so far.
     """
 
-    def training_step(module: LightningModule, batch: Any) -> Tensor | None:
-        signature = import_module(f"{namespace(trainer).__name__}.utilities.signature_utils")
+    def __init__(self, trainer: Trainer, loss_fn: LossOfBatch | None, batch_idx: int) -> None:
+        self.trainer, self.batch_idx = trainer, batch_idx
+        self.function = loss_fn or self._training_step
+        self.skipped = True
+
+    def __call__(self, module: LightningModule, batch: Any) -> Tensor:
+        """Return the loss of ``batch``."""
+        with self.trainer.precision_plugin.train_step_context():
+            value = self.function(module, batch)
+        if value is None:
+            return torch.zeros((), device=module.device, requires_grad=True)
+        self.skipped = False
+        return value
+
+    def _training_step(self, module: LightningModule, batch: Any) -> Tensor | None:
+        signature = import_module(f"{namespace(self.trainer).__name__}.utilities.signature_utils")
         takes_index = signature.is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-        output = module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
+        output = module.training_step(batch, self.batch_idx) if takes_index else module.training_step(batch)
         if not isinstance(output, Mapping):
             return output
         if "loss" not in output:
             raise ValueError(f"training_step returned a mapping without 'loss', with the keys {sorted(output)}")
         return output["loss"]  # type: ignore[no-any-return]
-
-    def loss(module: LightningModule, batch: Any) -> Tensor:
-        with trainer.precision_plugin.train_step_context():
-            value = (loss_fn or training_step)(module, batch)
-        given.append(value is not None)
-        return torch.zeros((), device=module.device, requires_grad=True) if value is None else value
-
-    return loss
 
 
 def prepare_step(module: LightningModule, batch: Any, batch_idx: int) -> bool:
@@ -126,7 +132,7 @@ def _digest(value: Any) -> bytes:
     return digest.digest()
 
 
-def reason_not_to_measure(trainer: Trainer, module: LightningModule, loss_fn: StepLoss | None) -> str | None:
+def reason_not_to_measure(trainer: Trainer, module: LightningModule, loss_fn: LossOfBatch | None) -> str | None:
     """Return why this run cannot be measured and what to do about it, None if it can."""
     if trainer.barebones:
         return "Trainer(barebones=True) switches logging off; measure in a run without it"
