@@ -209,11 +209,14 @@ class GradientConfusionCallback(Callback):
 
     def _measure(self, session: Session, batch: Any, batch_idx: int) -> None:
         """Measure now, and report what was found."""
-        measurement = session.measure(batch, batch_idx)
-        if measurement is None:
-            return
-        with session.logging():
-            statistics, pairs = session.report.values(measurement), session.report.pairs(measurement)
-            self.last_gram, self.last_step = measurement.gram, measurement.step
-            self.last_statistics, self.last_top_pairs = statistics, pairs
-            publish(session, measurement, statistics, pairs)
+        measurements = session.measure(batch, batch_idx)
+        self.last_statistics = {} if measurements else self.last_statistics
+        for measurement in measurements:
+            with session.logging():
+                report = session.report(measurement.name)
+                statistics, pairs = report.values(measurement), report.pairs(measurement)
+                self.last_gram, self.last_step = measurement.gram, measurement.step
+                of_loss = f"{measurement.name}/" if measurement.name else ""
+                self.last_statistics |= {f"{of_loss}{name}": value for name, value in statistics.items()}
+                self.last_top_pairs = pairs
+                publish(session, measurement, statistics, pairs)

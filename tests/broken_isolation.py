@@ -37,10 +37,10 @@ TESTS = (
 )
 SELECTION = "not (epochs or fixed or batches)"  # the other ways of taking units are enough to notice
 
-ISOLATION, PROBE, LOOP, VMAP, UNITS, SESSION, LAYERS = (
+ISOLATION, PROBE, OBJECTIVE, VMAP, UNITS, SESSION, LAYERS = (
     "gram/module_state.py",
     "training/training_step.py",
-    "gram/loop.py",
+    "gram/objective.py",
     "gram/vmap.py",
     "batches/units.py",
     "training/session.py",
@@ -104,14 +104,14 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     "the precision plugin's context": (PROBE, "trainer.precision_plugin.train_step_context()", "ExitStack()"),
     "copies of batches": (UNITS, "_map(lambda leaf: leaf.clone() if", "_map(lambda leaf: leaf if"),
     "copies of parameters": (
-        LOOP,
+        OBJECTIVE,
         "name: p.detach().clone().requires_grad_() for",
         "name: p.detach().requires_grad_() for",
     ),
     "copies of buffers": (
-        LOOP,
-        "{name: t.detach().clone() for name, t in objective.const",
-        "{name: t for name, t in objective.const",
+        OBJECTIVE,
+        "{name: t.detach().clone() for name, t in self.const",
+        "{name: t for name, t in self.const",
     ),
     "BatchNorm leaves its buffers": (LAYERS, "        if func is F.batch_norm:", "        if False:"),
     "errors never reach the training": (

@@ -21,8 +21,7 @@ def unit_gradients(objective: Objective, units: Sequence[Any]) -> dict[str, Tens
 
 def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
     """Return `unit_gradients` as a function of the units alone, for calls that share the copies of the module."""
-    state = {name: p.detach().clone().requires_grad_() for name, p in objective.parameters.items()}
-    state |= {name: t.detach().clone() for name, t in objective.constants.items()}
+    state = objective.copies()
     versions = {name: t._version for name, t in state.items()}
     leaves = {name: state[name] for name in objective.parameters}
     rewind = rewinder(objective.module)

@@ -94,10 +94,8 @@ def _recorded(objective: Objective, unit: Any) -> _Recording:
 
 
 def _loss(objective: Objective, unit: Any, handler: _Handler) -> Tensor:
-    tensors = {name: p.detach().clone().requires_grad_() for name, p in objective.parameters.items()}
-    tensors |= {name: t.detach().clone() for name, t in objective.constants.items()}
     with untouched(objective.module), _handled(handler):
-        return objective.at(tensors, copy_of(unit), Tensor.detach)
+        return objective.at(objective.copies(), copy_of(unit), Tensor.detach)
 
 
 def _another(answer: Any) -> Any:

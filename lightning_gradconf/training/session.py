@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ from lightning_gradconf.batches.draws import Unit
 from lightning_gradconf.batches.sources import Source
 from lightning_gradconf.batches.units import copy_of
 from lightning_gradconf.gram.ghost.engine import Memory
-from lightning_gradconf.gram.objective import Objective, objective
+from lightning_gradconf.gram.measurement_mode import MeasuredLayers
 from lightning_gradconf.gram.ranks import data_parallel, sharded
 from lightning_gradconf.gram.ranks.process_group import Ranks, joined
 from lightning_gradconf.gram.select import gram_of_units, in_words
@@ -27,12 +28,15 @@ from lightning_gradconf.training.compat import (
     warn,
     warn_here,
 )
+from lightning_gradconf.training.manual_optimization import ManualOptimization
 from lightning_gradconf.training.progress import shown
 from lightning_gradconf.training.schedule import Schedule
 from lightning_gradconf.training.training_step import (
     StepLoss,
+    StepObjective,
     digests,
     no_trace,
+    objectives,
     prepare_step,
     reason_not_to_measure,
 )
@@ -75,7 +79,6 @@ class Session:
         schedule: When to measure.
         source: Where the units come from.
         ranks: The processes that measure together.
-        report: What is reported of each measurement.
         charted: The keys that TensorBoard's page of charts was laid out for.
     """
 
@@ -88,18 +91,15 @@ class Session:
         self.source = Source(settings.source, settings.unit_size, settings.num_units, settings.seed, over_batches)
         several = trainer.world_size > 1
         self.ranks = joined(module.device, collective_timeout(trainer)) if several else Ranks(module.device)
-        self.report = Report(
-            settings.statistics,
-            settings.per_layer,
-            settings.histogram,
-            settings.figures,
-            settings.top_pairs,
-            settings.prefix,
-        )
+        self._reports: dict[str, Report] = {}
         self.charted: set[str] | None = None
         self._sharded = sharded.is_sharded(module)
-        self._engine: str = settings.engine
-        self._memory = Memory()
+        manual = None if module.automatic_optimization or settings.loss_fn else ManualOptimization(trainer, module)
+        self._manual = manual
+        self._loss = StepLoss(trainer, settings.loss_fn, manual)
+        # Of each loss of the step, by its name.
+        self._engines: defaultdict[str, str] = defaultdict(lambda: settings.engine)
+        self._memories: defaultdict[str, Memory] = defaultdict(Memory)
         self._failures = 0
         self._said: set[str] = set()
         if self._sharded and (settings.labels is not None or settings.top_pairs):
@@ -123,23 +123,26 @@ class Session:
 
     # ---- units -> Gram ----------------------------------------------------------------------------------------------
 
-    def measure(self, batch: Any, batch_idx: int) -> Measurement | None:
-        """Return what is measured now; None if the module skips this batch, units are too few, or something failed."""
+    def measure(self, batch: Any, batch_idx: int) -> list[Measurement]:
+        """Return what is measured now: one measurement for each loss of the step.
+
+        There is none if the module skips this batch, units are too few, or something failed.
+        """
         try:
-            measurement = self._measure(batch, batch_idx)
+            measurements = self._measure(batch, batch_idx)
         except Exception as error:
             self._count_failure(error)
-            return None
-        if measurement is not None:
-            self.schedule.done(measurement.step)
+            return []
+        if measurements:
+            self.schedule.done(measurements[0].step)
             self._failures = 0
-        return measurement
+        return measurements
 
-    def _measure(self, batch: Any, batch_idx: int) -> Measurement | None:
+    def _measure(self, batch: Any, batch_idx: int) -> list[Measurement]:
         self.schedule.owed = True  # until there is a measurement
         if self._sharded:
             sharded.rest(self.module)
-        loss = StepLoss(self.trainer, self.settings.loss_fn, batch_idx)
+        self._loss.batch_idx, self._loss.skipped = batch_idx, True
         verify = self.settings.verify and self.n is None
         before = digests(self.trainer, self.module) if verify else {}
         with self._isolated():
@@ -147,23 +150,44 @@ class Session:
             if enough := units is not None and len(units) >= self._fewest_units():
                 classes = self._classes(units)
                 unit_size = draws.size_of(units[0].batch)
-                target = objective(self.module, loss, self.settings.parameters)
-                grams, engine = self._grams(target, units, unit_size, draws.size_of(batch))
+                ordinary = draws.size_of(batch)
+                parts = self.ranks.on_all(lambda: self._objectives(units[0].batch, unit_size))
+                parts = parts[: self.ranks.minimum(len(parts))]
+                grams = [self._grams(part, units, unit_size, ordinary) for part in parts]
         if before and not self._verified(before, digests(self.trainer, self.module)):
-            return None
+            return []
         if units is None:
-            return None
+            return []
         if not enough:
             self._say_too_few(len(units))
-            return None
-        if self.ranks.minimum(loss.skipped):  # training_step skips this batch
-            return None
-        if engine == "loop":  # do not try again what failed
-            self._engine = engine
+            return []
+        skipped = [bool(self.ranks.minimum(part.loss.skipped)) for part in parts]
+        if all(skipped):  # training_step skips this batch
+            return []
         self.n = len(units)
         if self._sharded and unit_size is not None:  # a unit has such a part on each rank
             unit_size *= self.ranks.size
-        return self._described(Measurement(grams, unit_size, logging_step(self.trainer)), units, classes)
+        step = logging_step(self.trainer)
+        measured = [Measurement(gram, unit_size, step, part.name) for part, gram in zip(parts, grams, strict=True)]
+        measured = [one for one, without in zip(measured, skipped, strict=True) if not without]
+        return [self._described(one, units, classes) for one in measured]
+
+    def _objectives(self, unit: Any, unit_size: int | None) -> list[StepObjective]:
+        """Return the losses of this step, each with the parameters that it is measured for."""
+        layers = MeasuredLayers(running_statistics=unit_size == 1, dropout=self.settings.dropout)
+        return objectives(self._loss, self.module, self.settings.parameters, unit, layers)
+
+    def report(self, name: str = "") -> Report:
+        """Return what reports the measurements of a loss, by its name."""
+        if name not in self._reports:
+            settings, prefix = self.settings, "/".join(filter(None, (self.settings.prefix, name)))
+            what = (settings.statistics, settings.per_layer, settings.histogram, settings.figures, settings.top_pairs)
+            self._reports[name] = Report(*what, prefix)
+        return self._reports[name]
+
+    def reports(self) -> list[Report]:
+        """Return all of them."""
+        return list(self._reports.values())
 
     @contextmanager
     def _isolated(self) -> Iterator[None]:
@@ -171,6 +195,8 @@ class Session:
         with ExitStack() as stack:
             isolation = no_trace(self.trainer, self.module, *self.source.drawn_from(self.trainer))
             self.ranks.on_all(lambda: stack.enter_context(isolation))
+            if self._manual is not None:
+                stack.enter_context(self._manual.inert())
             yield
 
     def _units(self, batch: Any, batch_idx: int) -> list[Unit] | None:
@@ -198,13 +224,13 @@ class Session:
         return self.ranks.on_all(lambda: [draws.class_of(unit.batch, labels) for unit in units])
 
     def _grams(
-        self, target: Objective, units: Sequence[Unit], unit_size: int | None, ordinary: int | None
-    ) -> tuple[dict[str, Tensor], str]:
-        """Return the Gram of each parameter, and the engine that computed them.
+        self, part: StepObjective, units: Sequence[Unit], unit_size: int | None, ordinary: int | None
+    ) -> dict[str, Tensor]:
+        """Return the Gram of each parameter that a loss is measured for.
 
         ``ordinary`` is the number of samples in a batch of the training, None if they cannot be told.
         """
-        batches = [unit.batch for unit in units]
+        batches, target, engine = [unit.batch for unit in units], part.target, self._engines[part.name]
         with shown(self.trainer) as progress:
             options: dict[str, Any] = {
                 "dropout": self.settings.dropout,
@@ -212,11 +238,15 @@ class Session:
                 "progress": progress,
             }
             if self._sharded:
-                return sharded.gram_of_units(self.ranks, target, batches, unit_size, **options), "loop"
-            options |= {"usual": ordinary, "memory": self._memory}
+                return sharded.gram_of_units(self.ranks, target, batches, unit_size, **options)
+            options |= {"usual": ordinary, "memory": self._memories[part.name]}
             if self.ranks.size > 1:
-                return data_parallel.gram_of_units(self.ranks, target, batches, unit_size, self._engine, **options)
-            return gram_of_units(target, batches, unit_size, self._engine, **options)
+                grams, used = data_parallel.gram_of_units(self.ranks, target, batches, unit_size, engine, **options)
+            else:
+                grams, used = gram_of_units(target, batches, unit_size, engine, **options)
+        if used == "loop":  # do not try again what failed
+            self._engines[part.name] = used
+        return grams
 
     def _described(self, measurement: Measurement, units: Sequence[Unit], classes: list[int]) -> Measurement:
         """Return the measurement with the origins, classes and samples of all ranks' units, if they are wanted."""
