@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_gradconf.batches.units import copy_of
-from lightning_gradconf.gram.module_state import untouched
+from lightning_gradconf.gram.module_state import reachable, untouched
 from lightning_gradconf.gram.objective import LossFn, Objective
 
 _METHODS = frozenset({"forward", "update", "compute", "reset"})
@@ -43,38 +43,51 @@ def answered(objective: Objective, unit: Any) -> Iterator[Objective]:
     parameters are the same. A metric without a recorded answer is called as it is, and so are all if the loss depends
     on one; none of them talks to other ranks. For a loss without metrics it is ``objective`` itself.
 
-    What was found is kept weakly, by module and loss function, and looked at again in every call whose number is a
-    power of two. To be entered within `untouched` and `MeasuredLayers`.
+    Answers are recorded where a metric can be reached from the module, or was called in an earlier measurement. They
+    are kept weakly, by module and loss function, and recorded anew in every call whose number is a power of two. To be
+    entered within `untouched` and `MeasuredLayers`.
     """
-    recording = _recording_of(objective, unit)
-    if not recording.metrics:
+    if not _metric_classes():
         yield objective
         return
-    playing = _Playing(recording.answers)
-
-    def loss_fn(module: Any, batch: Any) -> Tensor:
-        playing.asked.clear()
-        return objective.loss_fn(module, batch)
-
-    with _handled(playing):
-        yield replace(objective, loss_fn=loss_fn)
-
-
-def _recording_of(objective: Objective, unit: Any) -> _Recording:
-    """What is known of the metrics of a loss, or else is found out now."""
-    if not _metric_classes():
-        return _Recording()
-    try:
-        found = _known.setdefault(objective.module, WeakKeyDictionary()).setdefault(objective.loss_fn, _Found())
-    except TypeError:  # a callable without a hash
-        found = _Found()
+    found = _found(objective)
     found.calls += 1
     if found.calls & (found.calls - 1) == 0:
+        found.recording = None
+    if found.recording is None and (found.noticed or _reaches_a_metric(objective.module)):
         try:
             found.recording = _recorded(objective, unit)
         except Exception:  # the user's own, which an engine meets again and reports
             found.recording = _Recording()
-    return found.recording
+    if found.recording is None:
+        with _handled(found.notice):
+            yield objective
+        found.recording = None if found.noticed else _Recording()
+    elif not found.recording.metrics:
+        yield objective
+    else:
+        playing = _Playing(found.recording.answers)
+
+        def loss_fn(module: Any, batch: Any) -> Tensor:
+            playing.asked.clear()
+            return objective.loss_fn(module, batch)
+
+        with _handled(playing):
+            yield replace(objective, loss_fn=loss_fn)
+
+
+def _found(objective: Objective) -> _Found:
+    try:
+        return _known.setdefault(objective.module, WeakKeyDictionary()).setdefault(objective.loss_fn, _Found())
+    except TypeError:  # a callable without a hash
+        return _Found()
+
+
+def _reaches_a_metric(module: nn.Module) -> bool:
+    classes = _metric_classes()
+    return any(isinstance(part, classes) for part in module.modules()) or any(
+        isinstance(value, classes) for value in reachable(module)
+    )
 
 
 def _recorded(objective: Objective, unit: Any) -> _Recording:
@@ -157,7 +170,13 @@ class _Found:
     """What is known of the metrics of a loss function, and how often it was asked for."""
 
     calls: int = 0
-    recording: _Recording = field(default_factory=_Recording)
+    recording: _Recording | None = None
+    noticed: bool = False
+
+    def notice(self, metric: Any, method: str, call: Callable[[], Any]) -> Any:
+        """Call ``method``, and know from then on that metrics are called."""
+        self.noticed = True
+        return call()
 
 
 _known: WeakKeyDictionary[nn.Module, WeakKeyDictionary[LossFn, _Found]] = WeakKeyDictionary()

@@ -93,6 +93,13 @@ def rewinder(module: nn.Module) -> Callable[[], None]:
     return rewind
 
 
+def reachable(module: nn.Module) -> Iterable[Any]:
+    """Return the objects that Python state of ``module`` leads to: submodules, containers and what is in them."""
+    memory = _Memory(module)
+    memory.remember(module, type(module).__name__)
+    return memory.seen.values()
+
+
 @contextmanager
 def without_warnings(beginning: str = "") -> Iterator[None]:
     """Ignore warnings that begin so, as if they had never come.
