@@ -27,8 +27,10 @@ def kind(logger: Any) -> str | None:
     return next((name for name in _KINDS if name in names), None)
 
 
-def log_numbers(logger: Any, numbers: Mapping[str, float], step: int) -> None:
-    """Log numbers by their keys at a step."""
+def log_numbers(logger: Any, numbers: Mapping[str, float], step: int, epoch: int) -> None:
+    """Log numbers by their keys at a step; rows carry the epoch as Lightning's own do."""
+    if kind(logger) != "TensorBoardLogger":  # has no rows, but a curve of each number
+        numbers = {**numbers, "epoch": epoch}
     if kind(logger) == "MLFlowLogger":  # keeps keys as files, and cosines/layer cannot be one in a file cosines
         parents = [key for key in numbers if any(other.startswith(f"{key}/") for other in numbers)]
         for parent in parents:

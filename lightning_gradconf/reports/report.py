@@ -36,6 +36,8 @@ class Measurement:
         origins: Where the n units come from, if that is to be told.
         labels: Their classes ``(n,)``, where known.
         units: The units themselves, where all are at hand and there is something to be shown of them.
+        engine: The engine that computed the Grams.
+        seconds: The time it took.
     """
 
     grams: dict[str, Tensor]
@@ -44,6 +46,8 @@ class Measurement:
     origins: Sequence[Origin] = ()
     labels: Tensor | None = None
     units: Sequence[Any] = ()
+    engine: str = "loop"
+    seconds: float = 0.0
 
     @cached_property
     def gram(self) -> Tensor:
@@ -87,13 +91,16 @@ class Report:
 
     def values(self, measured: Measurement) -> dict[str, float]:
         """Return the statistics of a measurement by their names."""
-        size, names = measured.unit_size, self.statistics
+        size = measured.unit_size
+        own = {"num_units": float(len(measured.gram)), "seconds": measured.seconds}
+        names = [name for name in self.statistics if name not in own]
         if measured.labels is None:  # units that span ranks have none
             names = [name for name in names if not name.endswith("class_cosine")]
         values = gradient_statistics(measured.gram, names, labels=measured.labels, unit_size=size or 1)
         if size is None and "noise_scale" in values:  # in samples, which cannot be counted here
             values["noise_scale"] = torch.tensor(math.nan)
-        return {name: float(value) for name, value in values.items()}
+        numbers = {name: float(value) for name, value in values.items()}
+        return numbers | {name: value for name, value in own.items() if name in self.statistics}
 
     def of_layers(self, measured: Measurement) -> dict[str, float]:
         """Return the lowest cosine of each submodule that is reported by itself, and keep it for the end."""

@@ -10,7 +10,7 @@ import torch
 from lightning_gradconf.reports.custom_scalars import add_layout, charts
 from lightning_gradconf.reports.loggers import kind, log_numbers
 from lightning_gradconf.reports.report import Measurement, Pair
-from lightning_gradconf.training.compat import add_callback_metrics, logged_keys
+from lightning_gradconf.training.compat import add_metrics, logged_keys
 
 if TYPE_CHECKING:
     from lightning_gradconf.training.session import Session
@@ -27,20 +27,24 @@ def publish(session: Session, measurement: Measurement, statistics: dict[str, fl
         session.warn_once(
             "a gradient is not finite; such measurements are logged as NaN.", f" First at step {measurement.step}."
         )
-    add_callback_metrics(trainer, {key: torch.tensor(value, device=module.device) for key, value in metrics.items()})
-    if settings.prog_bar and "min_cosine" in statistics:
-        shown = {"prog_bar": True, "logger": False, "on_step": True, "on_epoch": False, "batch_size": 1}
-        module.log(f"{prefix}/min_cosine", statistics["min_cosine"], **shown)  # type: ignore[arg-type]
+    in_bar = [key for key in (f"{prefix}/min_cosine",) if settings.prog_bar and key in metrics]
+    add_metrics(trainer, {key: torch.tensor(value, device=module.device) for key, value in metrics.items()}, in_bar)
     loggers: list[Any] = trainer.loggers
     for logger in loggers:
         with session.logging():
-            log_numbers(logger, metrics, measurement.step)
+            log_numbers(logger, metrics, measurement.step, trainer.current_epoch)
     if trainer.global_rank == 0:
         figures = session.report.figures_of(measurement, pairs)
         for logger in loggers:
             with session.logging():
                 session.report.show(logger, measurement, figures, pairs)
         arrange_charts(session)
+
+
+def publish_again(session: Session, statistics: dict[str, float]) -> None:
+    """Give callbacks that monitor a key the values from before a run was resumed, until there are new ones."""
+    values = {f"{session.settings.prefix}/{name}": torch.tensor(value) for name, value in statistics.items()}
+    add_metrics(session.trainer, {key: value.to(session.module.device) for key, value in values.items()})
 
 
 def conclude(session: Session) -> None:
@@ -52,7 +56,8 @@ def conclude(session: Session) -> None:
 
 def arrange_charts(session: Session) -> None:
     """Lay out the page of charts anew when the module logs something that it did not before."""
-    logged = logged_keys(session.trainer)
+    prefix = session.settings.prefix
+    logged = {key for key in logged_keys(session.trainer) if not key.startswith(f"{prefix}/")}
     if not session.settings.histogram or logged == session.charted:
         return
     session.charted = logged
