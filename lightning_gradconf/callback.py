@@ -13,7 +13,7 @@ from lightning_gradconf.gram.select import Engine
 from lightning_gradconf.reports.report import Pair
 from lightning_gradconf.training import arguments as check
 from lightning_gradconf.training.compat import Callback, MisconfigurationException, logging_step, warn
-from lightning_gradconf.training.publish import conclude, publish, publish_again
+from lightning_gradconf.training.publish import add_charts, conclude, publish, publish_again
 from lightning_gradconf.training.session import Session, reason_not_to_start
 
 if TYPE_CHECKING:
@@ -198,14 +198,16 @@ class GradientConfusionCallback(Callback):
     # ---- hooks of Lightning -----------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier run; a checkpoint is read after this."""
-        if stage == "fit":
-            self._state = {}
-            others = [c for c in trainer.callbacks if isinstance(c, GradientConfusionCallback)]  # type: ignore[attr-defined]
-            if any(c is not self and c.prefix == self.prefix for c in others):
-                raise MisconfigurationException(
-                    f"two GradientConfusionCallbacks log to the same keys {self.prefix}/...; give each its own prefix="
-                )
+        """Forget an earlier run before a checkpoint is read, and lay out TensorBoard's charts."""
+        self._state = {} if stage == "fit" else self._state
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        all_of_us = [callback for callback in callbacks if isinstance(callback, GradientConfusionCallback)]
+        if sum(callback.prefix == self.prefix for callback in all_of_us) > 1:
+            raise MisconfigurationException(
+                f"two GradientConfusionCallbacks log to the same keys {self.prefix}/...; give each its own prefix="
+            )
+        if all_of_us[:1] == [self]:
+            add_charts(trainer, [callback.prefix for callback in all_of_us if callback.histogram])
 
     @wraps(Callback.state_dict)  # or Lightning itself refuses two of one prefix, without a word about prefix=
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_gradconf import plots
 from lightning_gradconf.batches.draws import Origin
 from lightning_gradconf.reports.custom_scalars import add_band
-from lightning_gradconf.reports.loggers import kind, show_figure, show_histogram, show_table
+from lightning_gradconf.reports.loggers import kind, show_cosines, show_figure, show_table
 from lightning_gradconf.statistics import cosine_matrix, gradient_statistics, min_cosine, pairwise_cosines
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class Report:
         if not len(measured.cosines):
             return
         if self.histogram:
-            show_histogram(logger, f"{self.prefix}/cosines", measured.cosines, measured.step)
+            show_cosines(logger, f"{self.prefix}/cosines", measured.cosines, measured.step)
             if kind(logger) == "TensorBoardLogger":
                 add_band(logger.experiment, self.prefix, measured.cosines, measured.step)
         for name, figure in figures.items():

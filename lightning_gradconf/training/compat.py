@@ -79,11 +79,6 @@ def stops_early(trainer: Trainer) -> bool:
     return bool(trainer.should_stop and trainer.fit_loop._can_stop_early)
 
 
-def logged_keys(trainer: Trainer) -> set[str]:
-    """Return what has been logged so far; the public ``logged_metrics`` would compute the metrics of this epoch."""
-    return set(trainer._logger_connector._logged_metrics)
-
-
 def add_metrics(trainer: Trainer, metrics: Mapping[str, Tensor], in_progress_bar: Iterable[str] = ()) -> None:
     """Give ``callback_metrics`` and ``logged_metrics`` these values, and the progress bar some of them.
 

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_gradconf.reports.custom_scalars import add_layout, charts
+from lightning_gradconf.gram.select import in_words
+from lightning_gradconf.reports.custom_scalars import add_page
 from lightning_gradconf.reports.loggers import kind, log_numbers
 from lightning_gradconf.reports.report import Measurement, Pair
-from lightning_gradconf.training.compat import add_metrics, logged_keys
+from lightning_gradconf.training.compat import add_metrics, warn_here
 
 if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+
     from lightning_gradconf.training.session import Session
 
 
@@ -38,7 +41,6 @@ def publish(session: Session, measurement: Measurement, statistics: dict[str, fl
         for logger in loggers:
             with session.logging():
                 session.report.show(logger, measurement, figures, pairs)
-        arrange_charts(session)
 
 
 def publish_again(session: Session, statistics: dict[str, float]) -> None:
@@ -50,20 +52,15 @@ def publish_again(session: Session, statistics: dict[str, float]) -> None:
 def conclude(session: Session) -> None:
     """Report the run as a whole at its end."""
     if session.schedule.last_step is not None:
-        arrange_charts(session)
         session.report.show_layers(session.trainer.loggers)
 
 
-def arrange_charts(session: Session) -> None:
-    """Lay out the page of charts anew when the module logs something that it did not before."""
-    prefix = session.settings.prefix
-    logged = {key for key in logged_keys(session.trainer) if not key.startswith(f"{prefix}/")}
-    if not session.settings.histogram or logged == session.charted:
-        return
-    session.charted = logged
-    callbacks = session.trainer.callbacks  # type: ignore[attr-defined]
-    prefixes = [c.prefix for c in callbacks if isinstance(c, type(session.settings)) and c.histogram]
-    loggers: list[Any] = session.trainer.loggers
+def add_charts(trainer: Trainer, prefixes: Sequence[str]) -> None:
+    """Lay out TensorBoard's page of charts for the callbacks with these prefixes."""
+    loggers: list[Any] = trainer.loggers if trainer.global_rank == 0 else []
     for logger in loggers:
         if kind(logger) == "TensorBoardLogger":
-            add_layout(logger.experiment, [charts(prefix, sorted(logged)) for prefix in prefixes])
+            try:
+                add_page(logger.experiment, prefixes)
+            except Exception as error:
+                warn_here(f"the page of charts could not be written: {in_words(error)}")

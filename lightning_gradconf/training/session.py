@@ -96,7 +96,6 @@ class Session:
             settings.top_pairs,
             settings.prefix,
         )
-        self.charted: set[str] | None = None
         self.last_batch: tuple[Any, int, int] | None = None
         self.sharded = is_sharded(module)
         self.engine: str = settings.engine

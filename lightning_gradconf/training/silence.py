@@ -19,7 +19,8 @@ def silent(logger: Any) -> Any:
     Plain values are texts, numbers and paths, such as ``log_dir``, ``save_dir``, ``name`` and ``version``. All else,
     such as ``experiment`` and the methods, can be called, indexed and entered without an effect.
     """
-    stand_in: Any = object.__new__(_silent_class(type(logger)))
+    kind: Any = type(logger)
+    stand_in: Any = object.__new__(_silent_class(kind))
     object.__setattr__(stand_in, "_silenced", logger)
     return stand_in
 
