@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -11,8 +12,8 @@ from torch.utils.data import DataLoader
 from lightning_gradconf.gram.select import Engine
 from lightning_gradconf.reports.report import Pair
 from lightning_gradconf.training import arguments as check
-from lightning_gradconf.training.compat import Callback, MisconfigurationException, warn
-from lightning_gradconf.training.publish import conclude, publish
+from lightning_gradconf.training.compat import Callback, MisconfigurationException, logging_step, warn
+from lightning_gradconf.training.publish import add_charts, conclude, publish, publish_again
 from lightning_gradconf.training.session import Session, reason_not_to_start
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ class GradientConfusionCallback(Callback):
         *,
         every_n_train_steps: int | None = None,
         every_n_epochs: int | None = None,
+        max_overhead: float | None = 0.05,
         num_units: int = 32,
         unit_size: int | Literal["batch"] = 1,
         source: Literal["current", "fresh", "fixed"] | DataLoader = "current",  # type: ignore[type-arg]
@@ -144,6 +146,7 @@ class GradientConfusionCallback(Callback):
             )
         self.every_n_train_steps = check.interval(every_n_train_steps=every_n_train_steps)
         self.every_n_epochs = check.interval(every_n_epochs=every_n_epochs)
+        self.max_overhead = check.share(max_overhead)
         self.num_units = check.integer(2, num_units=num_units)
         self.unit_size = check.size_of_unit(unit_size)
         self.source = check.data_source(source)
@@ -162,9 +165,12 @@ class GradientConfusionCallback(Callback):
         self.prog_bar = check.flag(prog_bar=prog_bar)
         self.seed = check.integer(0, seed=seed)
         self.verify = check.flag(verify=verify)
+        self._state: dict[str, Any] = {}
         self.last_gram: Tensor | None = None
         self.last_statistics: dict[str, float] = {}
         self.last_step: int | None = None
+        self.last_engine: str | None = None
+        self.last_seconds: float | None = None
         self.last_top_pairs: list[Pair] = []
         self._session: Session | None = None
 
@@ -177,24 +183,69 @@ class GradientConfusionCallback(Callback):
         """Distinct for each prefix, so that a Trainer takes several of these callbacks."""
         return f"{type(self).__qualname__}{{'prefix': {self.prefix!r}}}"
 
+    def should_measure(self, trainer: Trainer) -> bool:
+        """Return whether to measure at a step that is due; to be overridden.
+
+        It is asked before each measurement, on every rank, and all ranks must agree. This one measures while the
+        network still learns::
+
+            class WhileLearning(GradientConfusionCallback):
+                def should_measure(self, trainer):
+                    return trainer.callback_metrics.get("train_loss", math.inf) > 0.1
+        """
+        return True
+
+    # ---- hooks of Lightning -----------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier run before a checkpoint is read, and lay out TensorBoard's charts."""
+        self._state = {} if stage == "fit" else self._state
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        all_of_us = [callback for callback in callbacks if isinstance(callback, GradientConfusionCallback)]
+        if sum(callback.prefix == self.prefix for callback in all_of_us) > 1:
+            raise MisconfigurationException(
+                f"two GradientConfusionCallbacks log to the same keys {self.prefix}/...; give each its own prefix="
+            )
+        if all_of_us[:1] == [self]:
+            add_charts(trainer, [callback.prefix for callback in all_of_us if callback.histogram])
+
+    @wraps(Callback.state_dict)  # or Lightning itself refuses two of one prefix, without a word about prefix=
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """Return what a resumed run needs to go on, for the checkpoint."""
+        state = self._state if self._session is None else self._session.state_dict()
+        return state and state | {"last_step": self.last_step, "last_statistics": self.last_statistics}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._state = state_dict
+        self.last_step, self.last_statistics = state_dict["last_step"], state_dict["last_statistics"]
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide once whether this run can be measured."""
-        reason = reason_not_to_start(self, trainer, pl_module)
-        self._session = Session(self, trainer, pl_module) if reason is None else None
-        if reason is not None:
+        if (reason := reason_not_to_start(self, trainer, pl_module)) is not None:
             warn(f"measures nothing in this run. {reason}.")
+            return
+        self._session = Session(self, trainer, pl_module, self._state)
+        if self._state:
+            publish_again(self._session, self.last_statistics)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure the weights before the step of this batch, if it is time."""
         if self._session is not None and self._session.is_due(batch, batch_idx):
-            self._measure(self._session, batch, batch_idx)
+            self._measure(self._session, batch, batch_idx, logging_step(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measure the weights at the end of an epoch, if it is time."""
-        if self._session is not None and self._session.is_due_after():
-            self._measure(self._session, batch, batch_idx)
+        """Measure the weights at the end of an epoch, if it is time and validation is still to come."""
+        if self._session is not None and self._session.is_due_after(batch, batch_idx):
+            self._measure(self._session, batch, batch_idx, logging_step(trainer))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the weights at the end of an epoch that did not end with a batch."""
+        if self._session is not None and self._session.is_due_at_end_of_epoch():
+            assert self._session.last_batch is not None
+            self._measure(self._session, *self._session.last_batch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if nothing was ever measured, report the run as a whole, and release what was kept for it."""
@@ -205,18 +256,31 @@ class GradientConfusionCallback(Callback):
             with self._session.logging():
                 conclude(self._session)
         self._session.close()
-        self._session = None
+        self._end_session()
 
-    def _measure(self, session: Session, batch: Any, batch_idx: int) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the run, also one that ended with an error."""
+        self._end_session()
+
+    def _end_session(self) -> None:
+        if self._session is not None:
+            self._state, self._session = self._session.state_dict(), None
+
+    def _measure(self, session: Session, batch: Any, batch_idx: int, step: int) -> None:
         """Measure now, and report what was found."""
-        measurements = session.measure(batch, batch_idx)
+        measurements = session.measure(batch, batch_idx, step)
         self.last_statistics = {} if measurements else self.last_statistics
         for measurement in measurements:
             with session.logging():
-                report = session.report(measurement.name)
+                report, of_loss = (
+                    session.report_on(measurement.name),
+                    f"{measurement.name}/" if measurement.name else "",
+                )
                 statistics, pairs = report.values(measurement), report.pairs(measurement)
                 self.last_gram, self.last_step = measurement.gram, measurement.step
-                of_loss = f"{measurement.name}/" if measurement.name else ""
                 self.last_statistics |= {f"{of_loss}{name}": value for name, value in statistics.items()}
                 self.last_top_pairs = pairs
+                self.last_engine, self.last_seconds = measurement.engine, measurement.seconds
                 publish(session, measurement, statistics, pairs)
+        if measurements:
+            session.reported(step)

@@ -25,7 +25,7 @@ from lightning_gradconf.batches import sources as source
 from lightning_gradconf.gram.ghost import factors
 from lightning_gradconf.gram.ranks import data_parallel as distributed
 from lightning_gradconf.reports import report
-from lightning_gradconf.training import session
+from lightning_gradconf.training import measure
 from lightning_gradconf.training import training_step as probe
 
 
@@ -112,7 +112,7 @@ class Break(pl.Callback):
         owner, name = {
             "isolation": (probe, "untouched"),
             "sampling": (source, "units_of"),
-            "preparation": (session, "prepare_step"),
+            "preparation": (measure, "prepare_step"),
             "plan": (distributed, "bytes_for_gradients"),
             "forward": (type(module), "measured_loss"),
             "block": (type(module), "measured_loss"),

@@ -29,6 +29,8 @@ _OTHER_NAMES = {
     "log_key_prefix": "prefix",
     "dataloader": "source",
 }
+_BY_CLASS = ("within_class_cosine", "between_class_cosine")
+_OF_THE_MEASUREMENT = ("num_units", "seconds")  # no functions of the Gram
 _LOSS_FN = (
     "loss_fn takes the module and a batch, and returns the loss of the batch: "
     "loss_fn=lambda module, batch: F.cross_entropy(module(batch[0]), batch[1])"
@@ -167,9 +169,12 @@ def names_of_statistics(statistics: Any, with_labels: bool) -> tuple[str, ...]:
             f"statistics={statistics!r} names nothing to log; give names such as ['eta', 'min_cosine'], 'default' or "
             "'all'"
         )
-    names = statistic_names(statistics, with_labels=with_labels)
-    by_class = ("within_class_cosine", "between_class_cosine") if with_labels and statistics == "default" else ()
-    return names + by_class
+    if isinstance(statistics, str):
+        names = statistic_names(statistics, with_labels=with_labels)
+        more = {"default": _BY_CLASS if with_labels else (), "all": _OF_THE_MEASUREMENT}
+        return names + more.get(statistics, ())
+    statistic_names([name for name in statistics if name not in _OF_THE_MEASUREMENT], with_labels=with_labels)
+    return tuple(statistics)
 
 
 def depth(per_layer: Any) -> bool | int:

@@ -7,7 +7,7 @@ Trainer or a LightningCLI of one accepts only callbacks that inherit from its ow
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
@@ -74,17 +74,27 @@ def only_refreshes_statistics(trainer: Trainer) -> bool:
     return bool(trainer.fit_loop._skip_backward)
 
 
-def logged_keys(trainer: Trainer) -> set[str]:
-    """Return what has been logged so far; the public ``logged_metrics`` would compute the metrics of this epoch."""
-    return set(trainer._logger_connector._logged_metrics)
+def stops_early(trainer: Trainer) -> bool:
+    """Return whether ``should_stop`` ends the epoch now; it waits for ``min_epochs`` and ``min_steps``."""
+    return bool(trainer.should_stop and trainer.fit_loop._can_stop_early)
 
 
-def add_callback_metrics(trainer: Trainer, metrics: Mapping[str, Tensor]) -> None:
-    """Give ``trainer.callback_metrics`` these values.
+def add_metrics(trainer: Trainer, metrics: Mapping[str, Tensor], in_progress_bar: Iterable[str] = ()) -> None:
+    """Give ``callback_metrics`` and ``logged_metrics`` these values, and the progress bar some of them.
 
-    ``pl_module.log`` would repeat them at later steps, or drop them between Lightning's own logging steps.
+    ``pl_module.log`` would repeat them at later steps or drop them between Lightning's own logging steps. The public
+    properties would compute the metrics of this epoch.
     """
-    trainer.callback_metrics.update(metrics)
+    connector: Any = trainer._logger_connector
+    connector._callback_metrics.update(metrics)
+    connector._logged_metrics.update(metrics)
+    connector._progress_bar_metrics.update({key: metrics[key] for key in in_progress_bar})
+
+
+def inform(trainer: Trainer, message: str) -> None:
+    """Say something where Lightning says such things, on the first process."""
+    rank_zero = import_module(f"{namespace(trainer).__name__}.utilities.rank_zero")
+    rank_zero.rank_zero_info(f"GradientConfusionCallback: {message}")
 
 
 def collective_timeout(trainer: Trainer) -> timedelta | None:

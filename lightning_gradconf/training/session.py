@@ -3,43 +3,31 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from lightning_gradconf.batches import draws
-from lightning_gradconf.batches.draws import Unit
 from lightning_gradconf.batches.sources import Source
-from lightning_gradconf.batches.units import copy_of
 from lightning_gradconf.gram.ghost.engine import Memory
-from lightning_gradconf.gram.measurement_mode import MeasuredLayers
-from lightning_gradconf.gram.ranks import data_parallel, sharded
 from lightning_gradconf.gram.ranks.process_group import Ranks, joined
-from lightning_gradconf.gram.select import gram_of_units, in_words
+from lightning_gradconf.gram.ranks.sharded import is_sharded
+from lightning_gradconf.gram.select import in_words
 from lightning_gradconf.reports.report import Measurement, Report
 from lightning_gradconf.training.compat import (
     collective_timeout,
+    inform,
     logging_step,
     only_refreshes_statistics,
     warn,
     warn_here,
 )
 from lightning_gradconf.training.manual_optimization import ManualOptimization
-from lightning_gradconf.training.progress import shown
+from lightning_gradconf.training.measure import measured_now
+from lightning_gradconf.training.overhead import Overhead
 from lightning_gradconf.training.schedule import Schedule
-from lightning_gradconf.training.training_step import (
-    StepLoss,
-    StepObjective,
-    digests,
-    no_trace,
-    objectives,
-    prepare_step,
-    reason_not_to_measure,
-)
+from lightning_gradconf.training.training_step import StepLoss, reason_not_to_measure
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -47,6 +35,8 @@ if TYPE_CHECKING:
     from lightning_gradconf.callback import GradientConfusionCallback
 
 _MAX_FAILURES = 3
+# So many due steps in a row without enough samples are no longer one short batch at the end of an epoch.
+_MISSED = 2
 
 
 def reason_not_to_start(settings: GradientConfusionCallback, trainer: Trainer, module: LightningModule) -> str | None:
@@ -72,38 +62,68 @@ class Session:
         settings: The callback, whose arguments say what to measure.
         trainer: The running Trainer.
         module: Its LightningModule.
+        state: What `state_dict` returned in an earlier part of the run; empty for a run from the beginning.
 
     Attributes:
         active: Whether there is anything left to be measured.
         n: How many units of this rank are compared, the same at all measurements; None before the first.
         schedule: When to measure.
+        overhead: What measuring costs.
         source: Where the units come from.
         ranks: The processes that measure together.
-        charted: The keys that TensorBoard's page of charts was laid out for.
+        sharded: Whether the module is sharded over the ranks, so that a unit spans all of them.
+        loss: The loss of a batch.
+        engines: The engine asked for, for each loss of the step by its name; the loop, once no other could be used.
+        memories: What ghost has found out about each loss.
+        reports: What is reported of the measurements of each loss.
+        last_batch: The last batch that was trained on, its index and its step, where the end of an epoch needs it.
     """
 
-    def __init__(self, settings: GradientConfusionCallback, trainer: Trainer, module: LightningModule) -> None:
+    def __init__(
+        self, settings: GradientConfusionCallback, trainer: Trainer, module: LightningModule, state: Mapping[str, Any]
+    ) -> None:
         self.settings, self.trainer, self.module = settings, trainer, module
         self.active = True
         self.n: int | None = None
         self.schedule = Schedule(_interval(settings, trainer), settings.every_n_epochs)
+        self.overhead = Overhead(module.device)
+        self._load(state)
         over_batches = settings.every_n_epochs is not None
         self.source = Source(settings.source, settings.unit_size, settings.num_units, settings.seed, over_batches)
         several = trainer.world_size > 1
         self.ranks = joined(module.device, collective_timeout(trainer)) if several else Ranks(module.device)
-        self._reports: dict[str, Report] = {}
-        self.charted: set[str] | None = None
-        self._sharded = sharded.is_sharded(module)
         manual = None if module.automatic_optimization or settings.loss_fn else ManualOptimization(trainer, module)
-        self._manual = manual
-        self._loss = StepLoss(trainer, settings.loss_fn, manual)
-        # Of each loss of the step, by its name.
-        self._engines: defaultdict[str, str] = defaultdict(lambda: settings.engine)
-        self._memories: defaultdict[str, Memory] = defaultdict(Memory)
+        self.loss = StepLoss(trainer, settings.loss_fn, manual)
+        self.engines: defaultdict[str, str] = defaultdict(lambda: settings.engine)
+        self.memories: defaultdict[str, Memory] = defaultdict(Memory)
+        self.reports: dict[str, Report] = {}
+        self.last_batch: tuple[Any, int, int] | None = None
+        self.sharded = is_sharded(module)
         self._failures = 0
         self._said: set[str] = set()
-        if self._sharded and (settings.labels is not None or settings.top_pairs):
+        if self.sharded and (settings.labels is not None or settings.top_pairs):
             self.warn_once("labels= and top_pairs= say nothing in this run: with FSDP a unit spans all ranks.")
+
+    # ---- what a resumed run needs -----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what makes a resumed run go on at the steps, and with the n, of this one."""
+        return {
+            "n": self.n,
+            "num_units": self.settings.num_units,
+            "unit_size": self.settings.unit_size,
+            "owed": self.schedule.owed,
+            "stretch": self.schedule.stretch,
+            "last_measured": self.schedule.last_step,
+        }
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        units = ("num_units", "unit_size")
+        if any(state.get(name) != getattr(self.settings, name) for name in units):
+            return  # there is no state, or other units are compared from now on
+        self.n = state["n"]
+        self.schedule.owed, self.schedule.stretch = state["owed"], state["stretch"]
+        self.schedule.last_step = state["last_measured"]
 
     # ---- when -------------------------------------------------------------------------------------------------------
 
@@ -113,160 +133,96 @@ class Session:
             return False
         due = self.schedule.is_due(self.trainer)
         self.source.see(self.trainer, batch, batch_idx, due)
-        return due and (self.n is not None or bool(self.ranks.minimum(self.source.ready())))
-
-    def is_due_after(self) -> bool:
-        """Return whether to measure after the step of a batch."""
-        if not self.active or only_refreshes_statistics(self.trainer):
+        if not due:
             return False
-        return self.schedule.is_due_after(self.trainer)
+        if not self.ranks.minimum(self.source.ready(self.n)):
+            self._say_if_batches_became_smaller()
+            return False
+        return self._is_wanted()
 
-    # ---- units -> Gram ----------------------------------------------------------------------------------------------
+    def is_due_after(self, batch: Any, batch_idx: int) -> bool:
+        """Return whether to measure after the step of a batch, with which an epoch ends."""
+        if not self.active or self.settings.every_n_epochs is None or only_refreshes_statistics(self.trainer):
+            return False
+        step, ends = logging_step(self.trainer), self.schedule.is_due_after(self.trainer)
+        self.last_batch = None if ends else (batch, batch_idx, step)  # an end is measured once
+        return ends and step != self.schedule.last_step and self._is_wanted()
 
-    def measure(self, batch: Any, batch_idx: int) -> list[Measurement]:
-        """Return what is measured now: one measurement for each loss of the step.
+    def is_due_at_end_of_epoch(self) -> bool:
+        """Return whether the end of an epoch is still to be measured, as it did not come with a batch."""
+        if not self.active or self.last_batch is None or not self.schedule.is_due_at_end_of_epoch(self.trainer):
+            return False
+        return self.last_batch[2] != self.schedule.last_step and self._is_wanted()
+
+    def _is_wanted(self) -> bool:
+        """Return whether ``should_measure`` agrees on all ranks; if not, the next due step asks again."""
+        try:
+            wanted = self.ranks.on_all(lambda: bool(self.settings.should_measure(self.trainer)))
+        except Exception as error:
+            self._count_failure(error)
+            return False
+        self.schedule.owed = bool(self.ranks.minimum(wanted))
+        return self.schedule.owed
+
+    # ---- a measurement ----------------------------------------------------------------------------------------------
+
+    def measure(self, batch: Any, batch_idx: int, step: int) -> list[Measurement]:
+        """Return what is measured now, one measurement for each loss of the step.
 
         There is none if the module skips this batch, units are too few, or something failed.
+
+        Args:
+            batch: The batch in training, or the last one.
+            batch_idx: Its index.
+            step: The step that it is logged at.
         """
+        self.overhead.start()
         try:
-            measurements = self._measure(batch, batch_idx)
+            measurements = measured_now(self, batch, batch_idx, step)
         except Exception as error:
             self._count_failure(error)
             return []
         if measurements:
-            self.schedule.done(measurements[0].step)
+            self.schedule.done(step)
             self._failures = 0
-        return measurements
+        return [replace(measurement, seconds=self.overhead.elapsed()) for measurement in measurements]
 
-    def _measure(self, batch: Any, batch_idx: int) -> list[Measurement]:
-        self.schedule.owed = True  # until there is a measurement
-        if self._sharded:
-            sharded.rest(self.module)
-        self._loss.batch_idx, self._loss.skipped = batch_idx, True
-        verify = self.settings.verify and self.n is None
-        before = digests(self.trainer, self.module) if verify else {}
-        with self._isolated():
-            units = self._units(batch, batch_idx)
-            if enough := units is not None and len(units) >= self._fewest_units():
-                classes = self._classes(units)
-                unit_size = draws.size_of(units[0].batch)
-                ordinary = draws.size_of(batch)
-                parts = self.ranks.on_all(lambda: self._objectives(units[0].batch, unit_size))
-                parts = parts[: self.ranks.minimum(len(parts))]
-                grams = [self._grams(part, units, unit_size, ordinary) for part in parts]
-        if before and not self._verified(before, digests(self.trainer, self.module)):
-            return []
-        if units is None:
-            return []
-        if not enough:
-            self._say_too_few(len(units))
-            return []
-        skipped = [bool(self.ranks.minimum(part.loss.skipped)) for part in parts]
-        if all(skipped):  # training_step skips this batch
-            return []
-        self.n = len(units)
-        if self._sharded and unit_size is not None:  # a unit has such a part on each rank
-            unit_size *= self.ranks.size
-        step = logging_step(self.trainer)
-        measured = [Measurement(gram, unit_size, step, part.name) for part, gram in zip(parts, grams, strict=True)]
-        measured = [one for one, without in zip(measured, skipped, strict=True) if not without]
-        return [self._described(one, units, classes) for one in measured]
-
-    def _objectives(self, unit: Any, unit_size: int | None) -> list[StepObjective]:
-        """Return the losses of this step, each with the parameters that it is measured for."""
-        layers = MeasuredLayers(running_statistics=unit_size == 1, dropout=self.settings.dropout)
-        return objectives(self._loss, self.module, self.settings.parameters, unit, layers)
-
-    def report(self, name: str = "") -> Report:
+    def report_on(self, name: str) -> Report:
         """Return what reports the measurements of a loss, by its name."""
-        if name not in self._reports:
-            settings, prefix = self.settings, "/".join(filter(None, (self.settings.prefix, name)))
-            what = (settings.statistics, settings.per_layer, settings.histogram, settings.figures, settings.top_pairs)
-            self._reports[name] = Report(*what, prefix)
-        return self._reports[name]
+        if name not in self.reports:
+            given, prefix = self.settings, "/".join(filter(None, (self.settings.prefix, name)))
+            what = (given.statistics, given.per_layer, given.histogram, given.figures, given.top_pairs)
+            self.reports[name] = Report(*what, prefix)
+        return self.reports[name]
 
-    def reports(self) -> list[Report]:
-        """Return all of them."""
-        return list(self._reports.values())
+    def reported(self, step: int) -> None:
+        """Take the time of a measurement that has been reported.
 
-    @contextmanager
-    def _isolated(self) -> Iterator[None]:
-        """Within this context nothing reaches the run; a rank that cannot set it up takes the others with it."""
-        with ExitStack() as stack:
-            isolation = no_trace(self.trainer, self.module, *self.source.drawn_from(self.trainer))
-            self.ranks.on_all(lambda: stack.enter_context(isolation))
-            if self._manual is not None:
-                stack.enter_context(self._manual.inert())
-            yield
-
-    def _units(self, batch: Any, batch_idx: int) -> list[Unit] | None:
-        """Return the units of this rank, as many as on each other rank; None where the module skips this batch."""
-
-        def prepare() -> list[Unit] | None:
-            if not prepare_step(self.module, copy_of(batch), batch_idx):
-                return None
-            wanted = self.n or self.settings.num_units
-            return self.source.units(self.trainer, self.module, wanted, logging_step(self.trainer))
-
-        units = self.ranks.on_all(prepare)
-        n = self.ranks.minimum(-1 if units is None else len(units))
-        return None if units is None or n < 0 else units[-n:] if n else []
-
-    def _fewest_units(self) -> int:
-        """Return how many units of this rank make a measurement: two gradients to compare, and later n."""
-        return self.n or (1 if self.ranks.size > 1 and not self._sharded else 2)
-
-    def _classes(self, units: Sequence[Unit]) -> list[int]:
-        """Return the class of each unit; none without ``labels``."""
-        labels = self.settings.labels
-        if labels is None:
-            return []
-        return self.ranks.on_all(lambda: [draws.class_of(unit.batch, labels) for unit in units])
-
-    def _grams(
-        self, part: StepObjective, units: Sequence[Unit], unit_size: int | None, ordinary: int | None
-    ) -> dict[str, Tensor]:
-        """Return the Gram of each parameter that a loss is measured for.
-
-        ``ordinary`` is the number of samples in a batch of the training, None if they cannot be told.
+        An interval that is ours to choose is stretched until measuring keeps to its share, as rank 0 sees it.
         """
-        batches, target, engine = [unit.batch for unit in units], part.target, self._engines[part.name]
-        with shown(self.trainer) as progress:
-            options: dict[str, Any] = {
-                "dropout": self.settings.dropout,
-                "memory_budget": self.settings.memory_budget,
-                "progress": progress,
-            }
-            if self._sharded:
-                return sharded.gram_of_units(self.ranks, target, batches, unit_size, **options)
-            options |= {"usual": ordinary, "memory": self._memories[part.name]}
-            if self.ranks.size > 1:
-                grams, used = data_parallel.gram_of_units(self.ranks, target, batches, unit_size, engine, **options)
-            else:
-                grams, used = gram_of_units(target, batches, unit_size, engine, **options)
-        if used == "loop":  # do not try again what failed
-            self._engines[part.name] = used
-        return grams
-
-    def _described(self, measurement: Measurement, units: Sequence[Unit], classes: list[int]) -> Measurement:
-        """Return the measurement with the origins, classes and samples of all ranks' units, if they are wanted."""
-        if self._sharded:
-            return measurement
-        if self.settings.labels is not None:
-            measurement = replace(measurement, labels=torch.tensor(self.ranks.gather(classes)))
-        if self.settings.top_pairs > 0:
-            alone = self.ranks.size == 1
-            rank = None if alone else self.trainer.global_rank
-            origins = self.ranks.gather([unit.origin._replace(rank=rank) for unit in units])
-            # Images of other ranks would have to travel.
-            samples = [unit.batch for unit in units] if alone else ()
-            measurement = replace(measurement, origins=origins, units=samples)
-        return measurement
+        self.overhead.finish(step)
+        schedule, limit = self.schedule, self.settings.max_overhead
+        if limit is None or self.settings.every_n_train_steps is not None or self.settings.every_n_epochs is not None:
+            return
+        stretch = self.overhead.stretch(schedule.every_n_train_steps, schedule.stretch, limit)
+        (stretch, *_) = self.ranks.gather([stretch])
+        if stretch > schedule.stretch and "interval" not in self._said:
+            self._said.add("interval")
+            inform(
+                self.trainer,
+                f"a measurement takes {1000 * self.overhead.seconds_of_measurement:.1f} ms and a step "
+                f"{1000 * self.overhead.seconds_of_step:.1f} ms. It measures every "
+                f"{schedule.every_n_train_steps * stretch} steps instead of every {schedule.every_n_train_steps}, to "
+                f"take at most {limit:.0%} of the run (max_overhead={limit}). An interval that is given as "
+                "every_n_train_steps= is kept.",
+            )
+        schedule.stretch = stretch
 
     # ---- the end, and what goes wrong -------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Release the batches kept, and leave the process group."""
+        self.last_batch = None
         self.source.forget()
         self.ranks.leave()
 
@@ -276,6 +232,15 @@ class Session:
             self.warn_once(
                 f"no measurement took place: {self.source.seen} units of unit_size={self.settings.unit_size!r} were "
                 "seen, too few. Lower num_units or unit_size, or train longer."
+            )
+
+    def _say_if_batches_became_smaller(self) -> None:
+        if self.n is not None and self.schedule.missed >= _MISSED:
+            self.warn_once(
+                f"batches have become too small for the n={self.n} units of unit_size={self.settings.unit_size!r} that "
+                "this run compares, so its curves pause",
+                f" since step {self.schedule.last_step}. Pass num_units= that the smallest batch can give, or "
+                "source='fresh'.",
             )
 
     @contextmanager
@@ -312,7 +277,7 @@ class Session:
         )
         self._warn_of_error("a measurement failed", error, advice)
 
-    def _say_too_few(self, n: int) -> None:
+    def say_too_few(self, n: int) -> None:
         """Switch off if the first measurement finds no two units; later ones wait for a batch that is large enough."""
         if self.n is None:
             self.active = False
@@ -322,13 +287,10 @@ class Session:
                 "unit_size='batch', or source='fresh'."
             )
 
-    def _verified(self, before: dict[str, bytes], after: dict[str, bytes]) -> bool:
-        """Return whether the first measurement left no trace, and switch off if it did."""
-        changed = [name for name in before if before[name] != after.get(name)]
-        self.active = bool(self.ranks.minimum(not changed))
-        if not self.active:
-            self.warn_once(
-                f"the first measurement changed {', '.join(changed) or 'something on another rank'}; it measures "
-                "nothing more in this run, which is not the run without it. Pass a loss_fn that only computes the loss."
-            )
-        return self.active
+    def say_traces(self, changed: Sequence[str]) -> None:
+        """Switch off, since the first measurement changed something of the run."""
+        self.active = False
+        self.warn_once(
+            f"the first measurement changed {', '.join(changed) or 'something on another rank'}; it measures nothing "
+            "more in this run, which is not the run without it. Pass a loss_fn that only computes the loss."
+        )

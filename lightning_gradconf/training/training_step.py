@@ -21,6 +21,7 @@ from lightning_gradconf.gram.objective import Objective, objective
 from lightning_gradconf.gram.ranks import sharded
 from lightning_gradconf.training.compat import lightning_modules, namespace
 from lightning_gradconf.training.manual_optimization import ManualLoss, ManualOptimization
+from lightning_gradconf.training.silence import silent, without_logging
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -36,7 +37,7 @@ _HOOKS = ("on_train_batch_start", "on_before_batch_transfer", "transfer_batch_to
 def no_trace(trainer: Trainer, module: LightningModule, *others: Any) -> Iterator[None]:
     """Within this context, nothing that a training step does reaches the run.
 
-    Logging is mute, the loggers are dummies, compiled code runs eagerly, and everything that a step changes in
+    Logging is mute, the loggers write nothing, compiled code runs eagerly, and everything that a step changes in
     Python, from the random state to the learning rate, is put back in the end.
 
     Args:
@@ -54,12 +55,12 @@ def no_trace(trainer: Trainer, module: LightningModule, *others: Any) -> Iterato
         stack.enter_context(untouched(module, *groups, *schedulers, *others, data=data, tensors=tensors))
         # Among its attributes are should_stop and the loggers, and what the user's code keeps there.
         stack.callback(restore_mapping, vars(trainer), dict(vars(trainer)))
-        dummy = import_module(f"{namespace(trainer).__name__}.loggers.logger").DummyLogger
-        trainer.loggers = [dummy() for _ in trainer.loggers]
+        trainer.loggers = [silent(logger) for logger in trainer.loggers]
         for part in lightning_modules(module):
             vars(part)["log"] = vars(part)["print"] = _ignore  # `untouched` removes them again; log_dict calls log
         # What the user's code says about single samples is no news, and must not use up what is said only once.
         stack.enter_context(without_warnings())
+        stack.enter_context(without_logging())
         stack.callback(torch.set_warn_always, torch.is_warn_always_enabled())
         torch.set_warn_always(True)
         stack.enter_context(torch.enable_grad())
