@@ -44,6 +44,10 @@ class GradientConfusionCallback(Callback):
     ``GradientConfusionCallback(every_n_epochs=1, source="fresh", num_units=100, unit_size=128)``. Units are drawn
     without replacement: a dataset of 1797 samples gives 14 of them.
 
+    With manual optimization, what ``training_step`` passes to ``manual_backward`` is the loss. Several losses are
+    measured at the same weights, each for the parameters of its optimizer, and logged under
+    ``{prefix}/{optimizer index}/``; they are numbered in their order where an optimizer has several.
+
     Under DDP each rank has ``num_units`` units, and all pairs count. Under FSDP2 (``ModelParallelStrategy``) a unit is
     ``unit_size`` samples of each rank.
 
@@ -58,7 +62,7 @@ class GradientConfusionCallback(Callback):
             ``"fixed"`` draws once; a DataLoader gives its first samples each time.
         engine: How gradients are computed; see `gradient_gram`. All give the same numbers.
         parameters: Glob patterns on names of parameters; None is all that require grad.
-        loss_fn: ``loss_fn(module, batch)``, instead of ``training_step``. Needed with manual optimization.
+        loss_fn: ``loss_fn(module, batch)``, instead of ``training_step``.
         memory_budget: Bytes, or a text like ``"2GB"``, that each process may fill with gradients beside what a
             training step takes. If not all fit, some are computed again: the values are the same, and take longer.
             None is half of the free memory. ``ghost`` holds none but those of parameters that are transformed before
@@ -83,8 +87,9 @@ class GradientConfusionCallback(Callback):
             measurement of a run, and switch off with a warning if it changed any: to be run when in doubt.
 
     Attributes:
-        last_gram: The Gram ``(n, n)`` of the last measurement, on the CPU; None before the first.
-        last_statistics: What it logged, by the names of the statistics.
+        last_gram: The Gram ``(n, n)`` of the last measurement, on the CPU; None before the first. Of several losses in
+            a step, it is that of the last.
+        last_statistics: What it logged, by the names of the statistics; of several losses all, as ``0/eta``, ``1/eta``.
         last_step: The step that it was logged at.
         last_top_pairs: The pairs of the last measurement, with ``cosine``, ``units`` (rows of the Gram), ``origins``
             (whose ``samples`` are positions or indices) and ``labels``; empty without ``top_pairs``.
