@@ -256,7 +256,7 @@ def plot_runs(
     known = {name: settings[name] for name in runs if settings and name in settings}
     names = {name: f"{name} ({known[name]})" if name in known else name for name in runs}
     title = why_not_comparable(known.values()) or (str(*known.values()) if len(runs) == 1 else "")
-    cosines.set(ylabel="cosine", title=f"line: min_cosine, band: {named}" + f"\n{title}".rstrip())
+    cosines.set(ylabel="cosine", title=f"line: min_cosine, band: {named}" + f"\n{title}".replace(": ", ":\n").rstrip())
     for colour, (name, curves) in zip(itertools.cycle(_COLOURS), runs.items(), strict=False):
         _draw_cosines(cosines, curves, [f"{prefix}/{key}" for key in ("min_cosine", *band)], colour, names[name])
         for axes, group in zip(others, panels.values(), strict=True):
