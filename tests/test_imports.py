@@ -28,7 +28,7 @@ FILES = {file.relative_to(PACKAGE).as_posix(): file for file in sorted(PACKAGE.r
 
 
 def imported(file: Path, types: bool = True) -> set[str]:
-    """Return the full names of all modules that a file imports, also in functions, and those for types only if asked."""
+    """Return the full names of all modules that a file imports, in functions too, and for types if asked."""
     tree, names = ast.parse(file.read_text(encoding="utf-8")), set()
     if not types:
         tree.body = [
