@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,22 @@ def test_zero_gradients_are_in_no_pair():
 def test_units_without_classes_have_no_statistics_of_classes():
     report = Report(("eta", "within_class_cosine"), False, False, False, 0, PREFIX)
     assert report.values(Measurement({"weight": torch.eye(2)}, 1, 0)) == {"eta": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("gram", "unit_size", "what"),
+    [
+        (torch.eye(2), 1, ""),
+        (torch.diag(torch.tensor([0.0, 1.0])), 1, ""),
+        (torch.zeros(2, 2), 1, "every single sample is zero.*pass a larger unit_size"),
+        (torch.zeros(2, 2), 8, ""),
+        (torch.tensor([[1.0, 0.0], [0.0, math.nan]]), 1, "not finite"),
+        (torch.full((2, 2), math.inf), 8, "not finite"),
+    ],
+)
+def test_a_measurement_knows_when_it_says_nothing(gram, unit_size, what):
+    fault = Measurement({"weight": gram}, unit_size, 0).fault
+    assert re.search(what, fault) if what else fault == ""
 
 
 @pytest.mark.parametrize(
