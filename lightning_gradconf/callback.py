@@ -41,8 +41,9 @@ class GradientConfusionCallback(Callback):
     Within a run the number is constant.
 
     The paper's protocol, as we understand it, is
-    ``GradientConfusionCallback(every_n_epochs=1, source="fresh", num_units=100, unit_size=128)``. Units are drawn
-    without replacement: a dataset of 1797 samples gives 14 of them.
+    ``GradientConfusionCallback(every_n_epochs=1, source="fresh", num_units=15, unit_size=128)``: 15 units have 105
+    pairs, and the paper draws 100 pairs of mini-batches an epoch. Units are drawn without replacement: a dataset of
+    1797 samples gives 14 of them.
 
     With manual optimization, what ``training_step`` passes to ``manual_backward`` is the loss. Several losses are
     measured at the same weights, each for the parameters of its optimizer, and logged under

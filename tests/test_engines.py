@@ -41,7 +41,7 @@ def expected(name: str, unit_size: int, monkeypatch: pytest.MonkeyPatch) -> dict
 def test_engine_equals_the_plain_loop(name, engine, unit_size, monkeypatch):
     module, loss_fn, batch = ZOO[name]()
     if engine == "vmap" and name in NO_VMAP:
-        with pytest.raises(Exception):  # noqa: B017 - whatever torch.func raises
+        with pytest.raises(Exception):  # noqa: B017, PT011 - whatever torch.func raises
             gradient_gram(module, loss_fn, batch, unit_size=unit_size, engine="vmap")
         return
     want = expected(name, unit_size, monkeypatch)
