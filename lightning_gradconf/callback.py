@@ -268,13 +268,17 @@ class GradientConfusionCallback(Callback):
 
     def _measure(self, session: Session, batch: Any, batch_idx: int, step: int) -> None:
         """Measure now, and report what was found."""
-        measurement = session.measure(batch, batch_idx, step)
-        if measurement is None:
+        measurements = session.measure(batch, batch_idx, step)
+        if not measurements:
             return
-        with session.logging():
-            statistics, pairs = session.report.values(measurement), session.report.pairs(measurement)
-            self.last_gram, self.last_step = measurement.gram, measurement.step
-            self.last_statistics, self.last_top_pairs = statistics, pairs
-            self.last_engine, self.last_seconds = measurement.engine, measurement.seconds
-            publish(session, measurement, statistics, pairs)
+        self.last_statistics = {}
+        for measurement in measurements:  # one for each loss of the step
+            with session.logging():
+                report = session.report(measurement.name)
+                statistics, pairs = report.values(measurement), report.pairs(measurement)
+                self.last_gram, self.last_step, self.last_top_pairs = measurement.gram, measurement.step, pairs
+                self.last_engine, self.last_seconds = measurement.engine, measurement.seconds
+                name = f"{measurement.name}/" if measurement.name else ""
+                self.last_statistics |= {f"{name}{key}": value for key, value in statistics.items()}
+                publish(session, measurement, statistics, pairs)
         session.reported(step)

@@ -485,21 +485,6 @@ def test_one_unit_is_refused():
     refused(r"source='current' gives 1 unit\(s\) of unit_size=4", GradientConfusionCallback(unit_size=4))
 
 
-def test_manual_optimisation_is_refused():
-    class Manual(Plain):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            optimizer = self.optimizers()
-            optimizer.zero_grad()
-            self.manual_backward(self.loss(batch))
-            optimizer.step()
-
-    refused("manual optimization.*pass loss_fn=", GradientConfusionCallback(), Manual())
-
-
 def test_barebones_is_refused():
     options = dict.fromkeys(["logger", "enable_checkpointing", "log_every_n_steps"])
     refused("barebones", GradientConfusionCallback(), barebones=True, **options)

@@ -24,6 +24,7 @@ from lightning_gradconf.gram.blockwise import Progress, Rows, blockwise, least, 
 from lightning_gradconf.gram.ghost import engine as ghost
 from lightning_gradconf.gram.measurement_mode import MeasuredLayers
 from lightning_gradconf.gram.memory_budget import bytes_for_gradients, units_at_once
+from lightning_gradconf.gram.metric_answers import answered
 from lightning_gradconf.gram.module_state import untouched
 from lightning_gradconf.gram.objective import LossFn, Objective, objective, sizes
 
@@ -134,7 +135,8 @@ def gram_of_units(
     if engine != "auto" and engine not in engines:
         raise ValueError(f"engine={engine!r} is not one of 'auto', {', '.join(map(repr, engines))}")
     reasons = []
-    with MeasuredLayers(running_statistics=unit_size == 1, dropout=dropout):
+    layers = MeasuredLayers(running_statistics=unit_size == 1, dropout=dropout)
+    with layers, answered(target, units[0]) as target:
         at_once = n if engine == "loop" else units_at_once(target, units, unit_size, usual, budget)
         for name in engines if engine == "auto" else [engine]:
             if name == "ghost" and engine == "auto" and (n < 2 or dropout):

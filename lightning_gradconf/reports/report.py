@@ -33,6 +33,7 @@ class Measurement:
         grams: The Gram ``(n, n)`` of each parameter, by name.
         unit_size: Samples in a unit, None if they cannot be told.
         step: The step whose weights were measured.
+        name: Of the loss, where a step has several; a part of the keys.
         origins: Where the n units come from, if that is to be told.
         labels: Their classes ``(n,)``, where known.
         units: The units themselves, where all are at hand and there is something to be shown of them.
@@ -43,6 +44,7 @@ class Measurement:
     grams: dict[str, Tensor]
     unit_size: int | None
     step: int
+    name: str = ""
     origins: Sequence[Origin] = ()
     labels: Tensor | None = None
     units: Sequence[Any] = ()

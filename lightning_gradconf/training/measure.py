@@ -13,19 +13,19 @@ from torch import Tensor
 from lightning_gradconf.batches import draws
 from lightning_gradconf.batches.draws import Unit
 from lightning_gradconf.batches.units import copy_of
-from lightning_gradconf.gram.objective import Objective, objective
+from lightning_gradconf.gram.measurement_mode import MeasuredLayers
 from lightning_gradconf.gram.ranks import data_parallel, sharded
 from lightning_gradconf.gram.select import gram_of_units
 from lightning_gradconf.reports.report import Measurement
 from lightning_gradconf.training.progress import shown
-from lightning_gradconf.training.training_step import StepLoss, digests, no_trace, prepare_step
+from lightning_gradconf.training.training_step import StepObjective, digests, no_trace, objectives, prepare_step
 
 if TYPE_CHECKING:
     from lightning_gradconf.training.session import Session
 
 
-def measured_now(session: Session, batch: Any, batch_idx: int, step: int) -> Measurement | None:
-    """Return what is measured at the present weights; None if the module skips this batch or units are too few.
+def measured_now(session: Session, batch: Any, batch_idx: int, step: int) -> list[Measurement]:
+    """Return a measurement of each loss at the present weights; none if the batch is skipped or units are too few.
 
     Args:
         session: The run.
@@ -37,30 +37,39 @@ def measured_now(session: Session, batch: Any, batch_idx: int, step: int) -> Mea
     session.schedule.owed = True  # until there is a measurement
     if session.sharded:
         sharded.rest(module)
-    loss = StepLoss(trainer, session.settings.loss_fn, batch_idx)
+    session.loss.batch_idx, session.loss.skipped = batch_idx, True
     before = digests(trainer, module) if session.settings.verify and session.n is None else {}
     with _isolated(session):
         units = _units(session, batch, batch_idx, step)
         if enough := units is not None and len(units) >= _fewest_units(session):
             classes = _classes(session, units)
             unit_size = draws.size_of(units[0].batch)
-            target = objective(module, loss, session.settings.parameters)
-            grams, engine = _grams(session, target, units, unit_size, draws.size_of(batch))
-    if before and not _left_no_trace(session, before):
-        return None
-    if units is None:
-        return None
+            ordinary = draws.size_of(batch)
+            parts = ranks.on_all(lambda: _objectives(session, units[0].batch, unit_size))
+            parts = parts[: ranks.minimum(len(parts))]
+            grams = [_grams(session, part, units, unit_size, ordinary) for part in parts]
+    if units is None or (before and not _left_no_trace(session, before)):
+        return []
     if not enough:
         session.say_too_few(len(units))
-        return None
-    if ranks.minimum(loss.skipped):  # training_step skips this batch
-        return None
-    if engine == "loop":  # do not try again what failed
-        session.engine = engine
+        return []
+    skipped = [bool(ranks.minimum(part.loss.skipped)) for part in parts]
+    if all(skipped):  # training_step skips this batch
+        return []
     session.n = len(units)
     if session.sharded and unit_size is not None:  # a unit has such a part on each rank
         unit_size *= ranks.size
-    return _described(session, Measurement(grams, unit_size, step, engine=engine), units, classes)
+    return [
+        _described(session, Measurement(gram, unit_size, step, part.name, engine=engine), units, classes)
+        for part, (gram, engine), without_loss in zip(parts, grams, skipped, strict=True)
+        if not without_loss
+    ]
+
+
+def _objectives(session: Session, unit: Any, unit_size: int | None) -> list[StepObjective]:
+    """Return the losses of this step, each with the parameters that it is measured for."""
+    layers = MeasuredLayers(running_statistics=unit_size == 1, dropout=session.settings.dropout)
+    return objectives(session.loss, session.module, session.settings.parameters, unit, layers)
 
 
 @contextmanager
@@ -70,6 +79,8 @@ def _isolated(session: Session) -> Iterator[None]:
         drawn_from = session.source.drawn_from(session.trainer)
         isolation = no_trace(session.trainer, session.module, *drawn_from)
         session.ranks.on_all(lambda: stack.enter_context(isolation))
+        if session.manual is not None:
+            stack.enter_context(session.manual.inert())
         yield
 
 
@@ -100,13 +111,13 @@ def _classes(session: Session, units: Sequence[Unit]) -> list[int]:
 
 
 def _grams(
-    session: Session, target: Objective, units: Sequence[Unit], unit_size: int | None, ordinary: int | None
+    session: Session, part: StepObjective, units: Sequence[Unit], unit_size: int | None, ordinary: int | None
 ) -> tuple[dict[str, Tensor], str]:
-    """Return the Gram of each parameter, and the engine that computed them.
+    """Return the Gram of each parameter that a loss is measured for, and the engine that computed them.
 
     ``ordinary`` is the number of samples in a batch of the training, None if they cannot be told.
     """
-    batches = [unit.batch for unit in units]
+    batches, target, engine = [unit.batch for unit in units], part.target, session.engines[part.name]
     with shown(session.trainer) as progress:
         options: dict[str, Any] = {
             "dropout": session.settings.dropout,
@@ -115,10 +126,14 @@ def _grams(
         }
         if session.sharded:
             return sharded.gram_of_units(session.ranks, target, batches, unit_size, **options), "loop"
-        options |= {"usual": ordinary, "memory": session.memory}
+        options |= {"usual": ordinary, "memory": session.memories[part.name]}
         if session.ranks.size > 1:
-            return data_parallel.gram_of_units(session.ranks, target, batches, unit_size, session.engine, **options)
-        return gram_of_units(target, batches, unit_size, session.engine, **options)
+            grams, used = data_parallel.gram_of_units(session.ranks, target, batches, unit_size, engine, **options)
+        else:
+            grams, used = gram_of_units(target, batches, unit_size, engine, **options)
+    if used == "loop":  # do not try again what failed
+        session.engines[part.name] = used
+    return grams, used
 
 
 def _left_no_trace(session: Session, before: dict[str, bytes]) -> bool:

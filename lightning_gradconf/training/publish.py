@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 def publish(session: Session, measurement: Measurement, statistics: dict[str, float], pairs: Sequence[Pair]) -> None:
     """Give ``callback_metrics``, the progress bar and every logger what a measurement says."""
     trainer, module, settings = session.trainer, session.module, session.settings
-    prefix = settings.prefix
+    report = session.report(measurement.name)
+    prefix = report.prefix
     metrics = {f"{prefix}/{name}": value for name, value in statistics.items()}
-    for layer, value in session.report.of_layers(measurement).items():
+    for layer, value in report.of_layers(measurement).items():
         metrics[f"{prefix}/min_cosine/{layer}"] = value
     if not bool(measurement.gram.isfinite().all()):
         session.warn_once(
@@ -37,10 +38,10 @@ def publish(session: Session, measurement: Measurement, statistics: dict[str, fl
         with session.logging():
             log_numbers(logger, metrics, measurement.step, trainer.current_epoch)
     if trainer.global_rank == 0:
-        figures = session.report.figures_of(measurement, pairs)
+        figures = report.figures_of(measurement, pairs)
         for logger in loggers:
             with session.logging():
-                session.report.show(logger, measurement, figures, pairs)
+                report.show(logger, measurement, figures, pairs)
 
 
 def publish_again(session: Session, statistics: dict[str, float]) -> None:
@@ -52,7 +53,8 @@ def publish_again(session: Session, statistics: dict[str, float]) -> None:
 def conclude(session: Session) -> None:
     """Report the run as a whole at its end."""
     if session.schedule.last_step is not None:
-        session.report.show_layers(session.trainer.loggers)
+        for report in session.reports:
+            report.show_layers(session.trainer.loggers)
 
 
 def add_charts(trainer: Trainer, prefixes: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,10 +23,11 @@ from lightning_gradconf.training.compat import (
     warn,
     warn_here,
 )
+from lightning_gradconf.training.manual_optimization import ManualOptimization
 from lightning_gradconf.training.measure import measured_now
 from lightning_gradconf.training.overhead import Overhead
 from lightning_gradconf.training.schedule import Schedule
-from lightning_gradconf.training.training_step import reason_not_to_measure
+from lightning_gradconf.training.training_step import StepLoss, reason_not_to_measure
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -70,8 +72,9 @@ class Session:
         source: Where the units come from.
         ranks: The processes that measure together.
         sharded: Whether the module is sharded over the ranks, so that a unit spans all of them.
-        engine: The engine asked for; the loop, once no other could be used.
-        report: What is reported of each measurement.
+        manual: What runs a manually optimised step for its losses; None with automatic optimization.
+        loss: The loss of a batch.
+        engines: For each loss of the step, the engine asked for; the loop, once no other could be used.
         last_batch: The last batch that was trained on, its index and its step, where the end of an epoch needs it.
     """
 
@@ -88,18 +91,15 @@ class Session:
         self.source = Source(settings.source, settings.unit_size, settings.num_units, settings.seed, over_batches)
         several = trainer.world_size > 1
         self.ranks = joined(module.device, collective_timeout(trainer)) if several else Ranks(module.device)
-        self.report = Report(
-            settings.statistics,
-            settings.per_layer,
-            settings.histogram,
-            settings.figures,
-            settings.top_pairs,
-            settings.prefix,
-        )
         self.last_batch: tuple[Any, int, int] | None = None
         self.sharded = is_sharded(module)
-        self.engine: str = settings.engine
-        self.memory = Memory()
+        manual = None if module.automatic_optimization or settings.loss_fn else ManualOptimization(trainer, module)
+        self.manual = manual
+        self.loss = StepLoss(trainer, settings.loss_fn, manual)
+        # Of each loss of the step, by its name.
+        self.engines: defaultdict[str, str] = defaultdict(lambda: settings.engine)
+        self.memories: defaultdict[str, Memory] = defaultdict(Memory)
+        self._reports: dict[str, Report] = {}
         self._failures = 0
         self._said: set[str] = set()
         if self.sharded and (settings.labels is not None or settings.top_pairs):
@@ -167,8 +167,10 @@ class Session:
 
     # ---- a measurement ----------------------------------------------------------------------------------------------
 
-    def measure(self, batch: Any, batch_idx: int, step: int) -> Measurement | None:
-        """Return what is measured now; None if the module skips this batch, units are too few, or something failed.
+    def measure(self, batch: Any, batch_idx: int, step: int) -> list[Measurement]:
+        """Return what is measured now: one measurement for each loss of the step.
+
+        There is none if the module skips this batch, units are too few, or something failed.
 
         Args:
             batch: The batch in training, or the last one.
@@ -177,15 +179,28 @@ class Session:
         """
         self.overhead.start()
         try:
-            measurement = measured_now(self, batch, batch_idx, step)
+            measurements = measured_now(self, batch, batch_idx, step)
         except Exception as error:
             self._count_failure(error)
-            return None
-        if measurement is None:
-            return None
-        self.schedule.done(step)
-        self._failures = 0
-        return replace(measurement, seconds=self.overhead.elapsed())
+            return []
+        if measurements:
+            self.schedule.done(step)
+            self._failures = 0
+        seconds = self.overhead.elapsed()
+        return [replace(measurement, seconds=seconds) for measurement in measurements]
+
+    def report(self, name: str) -> Report:
+        """Return what reports the measurements of a loss, by its name."""
+        if name not in self._reports:
+            settings, prefix = self.settings, "/".join(filter(None, (self.settings.prefix, name)))
+            what = (settings.statistics, settings.per_layer, settings.histogram, settings.figures, settings.top_pairs)
+            self._reports[name] = Report(*what, prefix)
+        return self._reports[name]
+
+    @property
+    def reports(self) -> list[Report]:
+        """The reports of all losses that were measured."""
+        return list(self._reports.values())
 
     def reported(self, step: int) -> None:
         """Take the time of a measurement that has been reported.
