@@ -7,7 +7,7 @@ workers. Draws go through a new loader over the same dataset, in the main proces
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -68,9 +68,14 @@ def class_of(batch: Any, labels: str | int | Callable[[Any], Any]) -> int:
         labels: The key or index of the classes in it, or a function of it.
 
     Raises:
-        ValueError: What is found there is not one whole number.
+        ValueError: There is nothing, or not one whole number.
     """
-    found = labels(batch) if callable(labels) else batch[labels]
+    try:
+        found = labels(batch) if callable(labels) else batch[labels]
+    except (KeyError, IndexError, TypeError) as error:
+        if callable(labels):
+            raise
+        raise ValueError(f"labels={labels!r} is not in the batch, {_entries(batch)}") from error
     label = torch.as_tensor(found)
     if label.numel() != 1 or label.is_floating_point():
         raise ValueError(
@@ -78,6 +83,15 @@ def class_of(batch: Any, labels: str | int | Callable[[Any], Any]) -> int:
             f"{tuple(label.shape)}; pass a function of the batch that gives its class"
         )
     return int(label)
+
+
+def _entries(batch: Any) -> str:
+    """What a batch has its classes under, in words."""
+    if isinstance(batch, Mapping):
+        return f"which has the keys {', '.join(map(repr, batch))}"
+    if isinstance(batch, list | tuple):
+        return f"a {type(batch).__name__} of {len(batch)}: give an index such as labels={len(batch) - 1}"
+    return f"a {type(batch).__name__}: give a function of the batch that returns its class"
 
 
 def size_of(batch: Any) -> int | None:

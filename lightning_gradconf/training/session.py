@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from lightning_gradconf.batches import draws
@@ -45,6 +46,11 @@ def reason_not_to_start(settings: GradientConfusionCallback, trainer: Trainer, m
         return reason
     if any(settings.source is loader for loader in draws.training_loaders(trainer)):
         return "source= is the training loader itself, whose order would change; use source='fresh'"
+    names = [name for name, _ in module.named_parameters()]
+    for pattern in [settings.parameters] if isinstance(settings.parameters, str) else settings.parameters or []:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            like = ", ".join(map(repr, names[:5]))
+            return f"parameters={pattern!r} matches none of the {len(names)} parameters; their names are like {like}"
     if settings.every_n_epochs is None and _interval(settings, trainer) == 0:
         return "Trainer(log_every_n_steps=0) means never; pass every_n_train_steps= to measure"
     return None

@@ -10,6 +10,7 @@ import torch
 from runs import QUIET, Module, loader
 
 from lightning_gradconf import GradientConfusionCallback
+from lightning_gradconf.gram.ranks.process_group import Ranks
 from lightning_gradconf.training import overhead, session
 from lightning_gradconf.training.overhead import Overhead
 
@@ -70,6 +71,14 @@ def test_fewer_than_one_measurement_an_epoch(monkeypatch):
 def test_intervals_that_are_kept(options, monkeypatch):
     steps, _ = steps_of(monkeypatch, steps=100, **options)
     assert steps == [0, *range(1, 100, 2)]
+
+
+def test_ranks_take_the_decision_of_the_first(monkeypatch):
+    """As on rank 1, where steps seem to take another time."""
+    gather = Ranks.gather
+    monkeypatch.setattr(Ranks, "gather", lambda self, values: [8, *gather(self, values)])
+    steps, _ = steps_of(monkeypatch, steps=40)
+    assert steps == [0, 1, 15, 31]
 
 
 def test_ends_of_epochs_are_kept(monkeypatch):
