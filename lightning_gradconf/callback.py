@@ -44,13 +44,20 @@ class GradientConfusionCallback(Callback):
     ``GradientConfusionCallback(every_n_epochs=1, source="fresh", num_units=100, unit_size=128)``. Units are drawn
     without replacement: a dataset of 1797 samples gives 14 of them.
 
+    A checkpoint holds n, the interval and what else a resumed run needs to be measured at the steps of the
+    uninterrupted one.
+
     Under DDP each rank has ``num_units`` units, and all pairs count. Under FSDP2 (``ModelParallelStrategy``) a unit is
     ``unit_size`` samples of each rank.
 
     Args:
         every_n_train_steps: Measure at every n-th optimizer step. By default, and without ``every_n_epochs``, it is
-            the Trainer's ``log_every_n_steps``.
-        every_n_epochs: Measure at the end of every n-th training epoch, before validation, as the paper does.
+            the Trainer's ``log_every_n_steps``, stretched by ``max_overhead``.
+        every_n_epochs: Measure at the end of every n-th training epoch, however it ends and before validation, as the
+            paper does.
+        max_overhead: The part of the run's time that measuring may take where you give no interval: 0.05 is 5 %. The
+            default interval is stretched by powers of two, from the times that measurements and steps take. None keeps
+            to the interval of the Trainer.
         num_units: How many gradients are compared.
         unit_size: Samples behind each gradient; ``"batch"`` is a whole batch of the loader.
         source: ``"current"`` takes samples of the batch in training, or where one is not enough (``"batch"``,
@@ -58,13 +65,14 @@ class GradientConfusionCallback(Callback):
             ``"fixed"`` draws once; a DataLoader gives its first samples each time.
         engine: How gradients are computed; see `gradient_gram`. All give the same numbers.
         parameters: Glob patterns on names of parameters; None is all that require grad.
-        loss_fn: ``loss_fn(module, batch)``, instead of ``training_step``. Needed with manual optimization.
+        loss_fn: ``loss_fn(module, batch)``, instead of ``training_step``.
         memory_budget: Bytes, or a text like ``"2GB"``, that each process may fill with gradients beside what a
             training step takes. If not all fit, some are computed again: the values are the same, and take longer.
             None is half of the free memory. ``ghost`` holds none but those of parameters that are transformed before
             they meet the data (weight_norm), and is left if these do not fit.
         dropout: Measure with dropout on. By default its probability is zero while measuring.
-        statistics: Names of statistics, ``"default"`` or ``"all"``.
+        statistics: Names of statistics, ``"default"`` or ``"all"``. Among all are ``num_units``, the n of this run, and
+            ``seconds``, the time that a measurement took.
         per_layer: Log ``{prefix}/min_cosine/{submodule}`` too: of each submodule that has parameters (True), or of
             submodules at this depth of names (1 is ``encoder``, 2 is ``encoder.block1``). At the end of the run a
             heatmap of submodules and steps is logged, if matplotlib is installed.
@@ -86,12 +94,16 @@ class GradientConfusionCallback(Callback):
         last_gram: The Gram ``(n, n)`` of the last measurement, on the CPU; None before the first.
         last_statistics: What it logged, by the names of the statistics.
         last_step: The step that it was logged at.
+        last_engine: The engine that computed it.
+        last_seconds: The time it took.
         last_top_pairs: The pairs of the last measurement, with ``cosine``, ``units`` (rows of the Gram), ``origins``
             (whose ``samples`` are positions or indices) and ``labels``; empty without ``top_pairs``.
 
     Raises:
         ValueError: An argument is out of its range; the message names it.
-        MisconfigurationException: ``every_n_train_steps`` and ``every_n_epochs`` are both given.
+        TypeError: An argument has no name, or a name that is unknown.
+        MisconfigurationException: ``every_n_train_steps`` and ``every_n_epochs`` are both given, or two callbacks of a
+            Trainer have one ``prefix``.
 
     Source: `Sankararaman et al. 2020 <https://arxiv.org/abs/1904.06963>`_, Definition 2.1 and Section 7.
 

@@ -78,7 +78,7 @@ def test_ranks_take_the_decision_of_the_first(monkeypatch):
     gather = Ranks.gather
     monkeypatch.setattr(Ranks, "gather", lambda self, values: [8, *gather(self, values)])
     steps, _ = steps_of(monkeypatch, steps=40)
-    assert steps == [0, 1, 15, 31]
+    assert steps == [0, 15, 31]
 
 
 def test_ends_of_epochs_are_kept(monkeypatch):
