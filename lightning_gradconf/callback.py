@@ -47,6 +47,10 @@ class GradientConfusionCallback(Callback):
     A checkpoint holds n, the interval and what else a resumed run needs to be measured at the steps of the
     uninterrupted one.
 
+    With manual optimization, what ``training_step`` passes to ``manual_backward`` is the loss. Several losses are
+    measured at the same weights, each for the parameters of its optimizer, and logged under
+    ``{prefix}/{optimizer index}/``; they are numbered in their order where an optimizer has several.
+
     Under DDP each rank has ``num_units`` units, and all pairs count. Under FSDP2 (``ModelParallelStrategy``) a unit is
     ``unit_size`` samples of each rank.
 
@@ -91,8 +95,9 @@ class GradientConfusionCallback(Callback):
             measurement of a run, and switch off with a warning if it changed any: to be run when in doubt.
 
     Attributes:
-        last_gram: The Gram ``(n, n)`` of the last measurement, on the CPU; None before the first.
-        last_statistics: What it logged, by the names of the statistics.
+        last_gram: The Gram ``(n, n)`` of the last measurement, on the CPU; None before the first. Of several losses in
+            a step, it is that of the last.
+        last_statistics: What it logged, by the names of the statistics; of several losses all, as ``0/eta``, ``1/eta``.
         last_step: The step that it was logged at.
         last_engine: The engine that computed it.
         last_seconds: The time it took.
@@ -284,13 +289,12 @@ class GradientConfusionCallback(Callback):
         if not measurements:
             return
         self.last_statistics = {}
-        for measurement in measurements:  # one for each loss of the step
+        for measurement in measurements:
             with session.logging():
-                report = session.report(measurement.name)
+                report, of_loss = session.report_on(measurement.name), measurement.name and f"{measurement.name}/"
                 statistics, pairs = report.values(measurement), report.pairs(measurement)
                 self.last_gram, self.last_step, self.last_top_pairs = measurement.gram, measurement.step, pairs
                 self.last_engine, self.last_seconds = measurement.engine, measurement.seconds
-                name = f"{measurement.name}/" if measurement.name else ""
-                self.last_statistics |= {f"{name}{key}": value for key, value in statistics.items()}
+                self.last_statistics |= {f"{of_loss}{name}": value for name, value in statistics.items()}
                 publish(session, measurement, statistics, pairs)
         session.reported(step)

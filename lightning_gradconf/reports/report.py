@@ -33,23 +33,23 @@ class Measurement:
         grams: The Gram ``(n, n)`` of each parameter, by name.
         unit_size: Samples in a unit, None if they cannot be told.
         step: The step whose weights were measured.
-        name: Of the loss, where a step has several; a part of the keys.
         origins: Where the n units come from, if that is to be told.
         labels: Their classes ``(n,)``, where known.
         units: The units themselves, where all are at hand and there is something to be shown of them.
         engine: The engine that computed the Grams.
         seconds: The time it took.
+        name: What tells the loss from the others of a step, empty if there are none; a part of the keys.
     """
 
     grams: dict[str, Tensor]
     unit_size: int | None
     step: int
-    name: str = ""
     origins: Sequence[Origin] = ()
     labels: Tensor | None = None
     units: Sequence[Any] = ()
     engine: str = "loop"
     seconds: float = 0.0
+    name: str = ""
 
     @cached_property
     def gram(self) -> Tensor:

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 
 def measured_now(session: Session, batch: Any, batch_idx: int, step: int) -> list[Measurement]:
-    """Return a measurement of each loss at the present weights; none if the batch is skipped or units are too few.
+    """Return what is measured at the present weights, one measurement for each loss of the step.
+
+    There is none if the module skips this batch or units are too few.
 
     Args:
         session: The run.
@@ -44,32 +46,27 @@ def measured_now(session: Session, batch: Any, batch_idx: int, step: int) -> lis
         if enough := units is not None and len(units) >= _fewest_units(session):
             classes = _classes(session, units)
             unit_size = draws.size_of(units[0].batch)
-            ordinary = draws.size_of(batch)
-            parts = ranks.on_all(lambda: _objectives(session, units[0].batch, unit_size))
-            parts = parts[: ranks.minimum(len(parts))]
-            grams = [_grams(session, part, units, unit_size, ordinary) for part in parts]
-    if units is None or (before and not _left_no_trace(session, before)):
+            parts = _objectives(session, units[0], unit_size)
+            grams = [_grams(session, part, units, unit_size, draws.size_of(batch)) for part in parts]
+    if before and not _left_no_trace(session, before):
+        return []
+    if units is None:
         return []
     if not enough:
         session.say_too_few(len(units))
         return []
-    skipped = [bool(ranks.minimum(part.loss.skipped)) for part in parts]
-    if all(skipped):  # training_step skips this batch
-        return []
-    session.n = len(units)
     if session.sharded and unit_size is not None:  # a unit has such a part on each rank
         unit_size *= ranks.size
-    return [
-        _described(session, Measurement(gram, unit_size, step, part.name, engine=engine), units, classes)
-        for part, (gram, engine), without_loss in zip(parts, grams, skipped, strict=True)
-        if not without_loss
-    ]
-
-
-def _objectives(session: Session, unit: Any, unit_size: int | None) -> list[StepObjective]:
-    """Return the losses of this step, each with the parameters that it is measured for."""
-    layers = MeasuredLayers(running_statistics=unit_size == 1, dropout=session.settings.dropout)
-    return objectives(session.loss, session.module, session.settings.parameters, unit, layers)
+    measured = []
+    for part, (gram, engine) in zip(parts, grams, strict=True):
+        if ranks.minimum(part.loss.skipped):  # training_step skips this batch
+            continue
+        if engine == "loop":  # do not try again what failed
+            session.engines[part.name] = engine
+        measurement = Measurement(gram, unit_size, step, engine=engine, name=part.name)
+        measured.append(_described(session, measurement, units, classes))
+    session.n = len(units) if measured else session.n
+    return measured
 
 
 @contextmanager
@@ -79,8 +76,8 @@ def _isolated(session: Session) -> Iterator[None]:
         drawn_from = session.source.drawn_from(session.trainer)
         isolation = no_trace(session.trainer, session.module, *drawn_from)
         session.ranks.on_all(lambda: stack.enter_context(isolation))
-        if session.manual is not None:
-            stack.enter_context(session.manual.inert())
+        if session.loss.manual is not None:
+            stack.enter_context(session.loss.manual.inert())
         yield
 
 
@@ -110,10 +107,18 @@ def _classes(session: Session, units: Sequence[Unit]) -> list[int]:
     return session.ranks.on_all(lambda: [draws.class_of(unit.batch, labels) for unit in units])
 
 
+def _objectives(session: Session, unit: Unit, unit_size: int | None) -> list[StepObjective]:
+    """Return the losses of this step, as many as on each other rank, with the parameters each is measured for."""
+    settings, ranks = session.settings, session.ranks
+    layers = MeasuredLayers(running_statistics=unit_size == 1, dropout=settings.dropout)
+    found = ranks.on_all(lambda: objectives(session.loss, session.module, settings.parameters, unit.batch, layers))
+    return found if session.loss.manual is None else found[: ranks.minimum(len(found))]
+
+
 def _grams(
     session: Session, part: StepObjective, units: Sequence[Unit], unit_size: int | None, ordinary: int | None
 ) -> tuple[dict[str, Tensor], str]:
-    """Return the Gram of each parameter that a loss is measured for, and the engine that computed them.
+    """Return the Gram of each parameter for one loss of the step, and the engine that computed them.
 
     ``ordinary`` is the number of samples in a batch of the training, None if they cannot be told.
     """
@@ -128,12 +133,8 @@ def _grams(
             return sharded.gram_of_units(session.ranks, target, batches, unit_size, **options), "loop"
         options |= {"usual": ordinary, "memory": session.memories[part.name]}
         if session.ranks.size > 1:
-            grams, used = data_parallel.gram_of_units(session.ranks, target, batches, unit_size, engine, **options)
-        else:
-            grams, used = gram_of_units(target, batches, unit_size, engine, **options)
-    if used == "loop":  # do not try again what failed
-        session.engines[part.name] = used
-    return grams, used
+            return data_parallel.gram_of_units(session.ranks, target, batches, unit_size, engine, **options)
+        return gram_of_units(target, batches, unit_size, engine, **options)
 
 
 def _left_no_trace(session: Session, before: dict[str, bytes]) -> bool:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def publish(session: Session, measurement: Measurement, statistics: dict[str, float], pairs: Sequence[Pair]) -> None:
     """Give ``callback_metrics``, the progress bar and every logger what a measurement says."""
     trainer, module, settings = session.trainer, session.module, session.settings
-    report = session.report(measurement.name)
+    report = session.report_on(measurement.name)
     prefix = report.prefix
     metrics = {f"{prefix}/{name}": value for name, value in statistics.items()}
     for layer, value in report.of_layers(measurement).items():
@@ -53,7 +53,7 @@ def publish_again(session: Session, statistics: dict[str, float]) -> None:
 def conclude(session: Session) -> None:
     """Report the run as a whole at its end."""
     if session.schedule.last_step is not None:
-        for report in session.reports:
+        for report in session.reports.values():
             report.show_layers(session.trainer.loggers)
 
 

@@ -78,9 +78,10 @@ class Session:
         source: Where the units come from.
         ranks: The processes that measure together.
         sharded: Whether the module is sharded over the ranks, so that a unit spans all of them.
-        manual: What runs a manually optimised step for its losses; None with automatic optimization.
         loss: The loss of a batch.
-        engines: For each loss of the step, the engine asked for; the loop, once no other could be used.
+        engines: The engine asked for, for each loss of the step by its name; the loop, once no other could be used.
+        memories: What ghost has found out about each loss.
+        reports: What is reported of the measurements of each loss.
         last_batch: The last batch that was trained on, its index and its step, where the end of an epoch needs it.
     """
 
@@ -97,15 +98,13 @@ class Session:
         self.source = Source(settings.source, settings.unit_size, settings.num_units, settings.seed, over_batches)
         several = trainer.world_size > 1
         self.ranks = joined(module.device, collective_timeout(trainer)) if several else Ranks(module.device)
-        self.last_batch: tuple[Any, int, int] | None = None
-        self.sharded = is_sharded(module)
         manual = None if module.automatic_optimization or settings.loss_fn else ManualOptimization(trainer, module)
-        self.manual = manual
         self.loss = StepLoss(trainer, settings.loss_fn, manual)
-        # Of each loss of the step, by its name.
         self.engines: defaultdict[str, str] = defaultdict(lambda: settings.engine)
         self.memories: defaultdict[str, Memory] = defaultdict(Memory)
-        self._reports: dict[str, Report] = {}
+        self.reports: dict[str, Report] = {}
+        self.last_batch: tuple[Any, int, int] | None = None
+        self.sharded = is_sharded(module)
         self._failures = 0
         self._said: set[str] = set()
         if self.sharded and (settings.labels is not None or settings.top_pairs):
@@ -174,7 +173,7 @@ class Session:
     # ---- a measurement ----------------------------------------------------------------------------------------------
 
     def measure(self, batch: Any, batch_idx: int, step: int) -> list[Measurement]:
-        """Return what is measured now: one measurement for each loss of the step.
+        """Return what is measured now, one measurement for each loss of the step.
 
         There is none if the module skips this batch, units are too few, or something failed.
 
@@ -192,21 +191,15 @@ class Session:
         if measurements:
             self.schedule.done(step)
             self._failures = 0
-        seconds = self.overhead.elapsed()
-        return [replace(measurement, seconds=seconds) for measurement in measurements]
+        return [replace(measurement, seconds=self.overhead.elapsed()) for measurement in measurements]
 
-    def report(self, name: str) -> Report:
+    def report_on(self, name: str) -> Report:
         """Return what reports the measurements of a loss, by its name."""
-        if name not in self._reports:
-            settings, prefix = self.settings, "/".join(filter(None, (self.settings.prefix, name)))
-            what = (settings.statistics, settings.per_layer, settings.histogram, settings.figures, settings.top_pairs)
-            self._reports[name] = Report(*what, prefix)
-        return self._reports[name]
-
-    @property
-    def reports(self) -> list[Report]:
-        """The reports of all losses that were measured."""
-        return list(self._reports.values())
+        if name not in self.reports:
+            given, prefix = self.settings, "/".join(filter(None, (self.settings.prefix, name)))
+            what = (given.statistics, given.per_layer, given.histogram, given.figures, given.top_pairs)
+            self.reports[name] = Report(*what, prefix)
+        return self.reports[name]
 
     def reported(self, step: int) -> None:
         """Take the time of a measurement that has been reported.

@@ -24,6 +24,7 @@ from lightning_gradconf.gram.ghost.factors import Factors, partial_grams
 from lightning_gradconf.gram.ghost.memory import Memory
 from lightning_gradconf.gram.measurement_mode import MeasuredLayers
 from lightning_gradconf.gram.memory_budget import bytes_for_gradients, units_at_once
+from lightning_gradconf.gram.metric_answers import answered
 from lightning_gradconf.gram.module_state import untouched
 from lightning_gradconf.gram.objective import Objective, accumulation_dtype, sizes
 from lightning_gradconf.gram.ranks.process_group import Ranks
@@ -64,7 +65,8 @@ def gram_of_units(
         compute = repeatable(ranks.on_all(lambda: differentiators[name](target)), units, made)
         return contract(ranks, n, lambda i, j: ranks.on_all(lambda: compute(i, j)), made, sum(bytes_of_each), progress)
 
-    with MeasuredLayers(running_statistics=unit_size == 1, dropout=dropout):
+    layers = MeasuredLayers(running_statistics=unit_size == 1, dropout=dropout)
+    with layers, answered(target, units[0]) as target:
         if engine == "loop":
             return measured("loop"), "loop"
         at_once = ranks.minimum(ranks.on_all(lambda: units_at_once(target, units, unit_size, usual, budget)))
