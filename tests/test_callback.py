@@ -457,6 +457,16 @@ def test_draws_keep_to_what_the_sampler_admits(source):
     assert set(Seen.measured) <= admitted and len(set(Seen.measured)) >= 5
 
 
+@pytest.mark.filterwarnings("ignore:.*overfit")
+@pytest.mark.parametrize("source", ["fresh", "fixed"])
+def test_draws_are_of_the_batches_that_are_overfitted(source):
+    Seen.measured = []
+    confusion = GradientConfusionCallback(num_units=5, engine="loop", source=source, every_n_train_steps=1)
+    fit(confusion, Seen(), loader(shuffle=False), overfit_batches=2, max_epochs=4)
+    assert len(confusion.last_gram) == 5
+    assert set(Seen.measured) <= {float(x) for x in Data().x[:8, 0]}
+
+
 def test_units_of_a_batch_size_each():
     confusion = GradientConfusionCallback(source="fresh", unit_size="batch", num_units=4)
     fit(confusion)

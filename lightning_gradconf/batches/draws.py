@@ -103,7 +103,12 @@ def size_of(batch: Any) -> int | None:
 
 
 def draw(
-    trainer: Trainer, module: LightningModule, num_units: int, unit_size: int | str, seed: Sequence[int]
+    trainer: Trainer,
+    module: LightningModule,
+    num_units: int,
+    unit_size: int | str,
+    seed: Sequence[int],
+    indices: Sequence[Sequence[int]] | None = None,
 ) -> list[Unit]:
     """Return units of samples drawn from the training dataset without replacement, on the module's device.
 
@@ -113,6 +118,7 @@ def draw(
         num_units: How many units; fewer if the dataset is smaller.
         unit_size: Samples in a unit; ``"batch"`` is the batch size of the training loader.
         seed: Whatever the draw shall depend on, and nothing else does it depend on.
+        indices: Those of an earlier draw, for each unit; None draws them.
 
     Raises:
         ValueError: The training data are no single DataLoader with a dataset that can be indexed.
@@ -132,11 +138,16 @@ def draw(
         population: Sequence[int] = range(len(loader.dataset))
     else:  # one that keeps to a part of the dataset, or prefers some of it
         population = list(chain.from_iterable(batches) if sampler is None else sampler)
-    n = min(num_units, len(population) // size)
-    indices = random.sample(population, n * size)
-    origins = [Origin(tuple(indices[i * size : (i + 1) * size])) for i in range(n)]
+    overfit = trainer.overfit_batches  # type: ignore[attr-defined]
+    if overfit > 0:  # the first batches are all that is trained on, in the order of the dataset
+        population = population[: int(trainer.num_training_batches) * batches.batch_size]
+    if indices is None:
+        n = min(num_units, len(population) // size)
+        drawn_indices = random.sample(population, n * size)
+        indices = [drawn_indices[i * size : (i + 1) * size] for i in range(n)]
+    origins = [Origin(tuple(own)) for own in indices]
     # One batch for units of one sample, so that padding gives them one shape.
-    chunks = [indices] if size == 1 else [list(origin.samples) for origin in origins]
+    chunks = [list(chain.from_iterable(indices))] if size == 1 else [list(own) for own in indices]
     drawn = DataLoader(loader.dataset, batch_sampler=chunks, collate_fn=loader.collate_fn)
     batches = [on_device(trainer, module, batch) for batch in drawn]
     parts = units.split(batches[0], 1) if size == 1 else [units.copy_of(batch) for batch in batches]

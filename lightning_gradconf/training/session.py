@@ -82,6 +82,7 @@ class Session:
         engines: The engine asked for, for each loss of the step by its name; the loop, once no other could be used.
         memories: What ghost has found out about each loss.
         reports: What is reported of the measurements of each loss.
+        fixed: The indices of a fixed draw, for each unit of each rank; empty before, and for other sources.
         last_batch: The last batch that was trained on, its index and its step, where the end of an epoch needs it.
     """
 
@@ -93,10 +94,14 @@ class Session:
         self.n: int | None = None
         self.schedule = Schedule(_interval(settings, trainer), settings.every_n_epochs)
         self.overhead = Overhead(module.device)
+        self.fixed: list[Any] = []
         self._load(state)
         over_batches = settings.every_n_epochs is not None
-        self.source = Source(settings.source, settings.unit_size, settings.num_units, settings.seed, over_batches)
         several = trainer.world_size > 1
+        fixed = self.fixed[trainer.global_rank] if len(self.fixed) == trainer.world_size else None
+        self.source = Source(
+            settings.source, settings.unit_size, settings.num_units, settings.seed, over_batches, fixed
+        )
         self.ranks = joined(module.device, collective_timeout(trainer)) if several else Ranks(module.device)
         manual = None if module.automatic_optimization or settings.loss_fn else ManualOptimization(trainer, module)
         self.loss = StepLoss(trainer, settings.loss_fn, manual)
@@ -121,6 +126,7 @@ class Session:
             "owed": self.schedule.owed,
             "stretch": self.schedule.stretch,
             "last_measured": self.schedule.last_step,
+            "fixed": self.fixed,
         }
 
     def _load(self, state: Mapping[str, Any]) -> None:
@@ -130,6 +136,7 @@ class Session:
         self.n = state["n"]
         self.schedule.owed, self.schedule.stretch = state["owed"], state["stretch"]
         self.schedule.last_step = state["last_measured"]
+        self.fixed = state["fixed"]
 
     # ---- when -------------------------------------------------------------------------------------------------------
 
@@ -191,6 +198,8 @@ class Session:
         if measurements:
             self.schedule.done(step)
             self._failures = 0
+            if self.settings.source == "fixed" and not self.fixed:
+                self.fixed = self.ranks.gather([self.source.fixed_indices])
         return [replace(measurement, seconds=self.overhead.elapsed()) for measurement in measurements]
 
     def report_on(self, name: str) -> Report:

@@ -120,6 +120,33 @@ def test_the_stretched_interval_is_kept(tmp_path):
     assert [step for step, _ in resumed] == [7, 15]
 
 
+@pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended")
+def test_a_fixed_draw_is_kept_though_the_dataset_has_grown(tmp_path):
+    class Grows(Data):
+        size = 24
+
+        def __len__(self):
+            return self.size
+
+        def __getitem__(self, i):
+            return super().__getitem__(i % 24)
+
+    def draw_of(callback):
+        return [pair.origins for pair in callback.last_top_pairs] and sorted(
+            {origin.samples for pair in callback.last_top_pairs for origin in pair.origins}
+        )
+
+    options = {"source": "fixed", "num_units": 3, "top_pairs": 3}
+    _, first = fit(6, tmp_path, save=[6], data=DataLoader(Grows(), batch_size=4), **options)
+    state = torch.load(tmp_path / "step=6.ckpt", weights_only=True)["callbacks"][KEY]
+    assert sorted(map(tuple, state["fixed"][0])) == draw_of(first)
+    data = Grows()
+    data.size = 40
+    _, again = fit(6, tmp_path, data=DataLoader(data, batch_size=4), **options)
+    _, resumed = fit(12, tmp_path, ckpt=tmp_path / "step=6.ckpt", data=DataLoader(data, batch_size=4), **options)
+    assert draw_of(resumed) == draw_of(first) != draw_of(again)
+
+
 def test_a_run_from_the_beginning_forgets_the_one_before(tmp_path):
     callback, module = GradientConfusionCallback(), Module()
     trainer = pl.Trainer(max_steps=3, callbacks=[callback], logger=False, enable_checkpointing=False, **QUIET)
