@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_gradconf.batches import draws
 from lightning_gradconf.batches.sources import Source
-from lightning_gradconf.gram.ghost.engine import Memory
 from lightning_gradconf.gram.ranks.process_group import Ranks, joined
 from lightning_gradconf.gram.ranks.sharded import is_sharded
 from lightning_gradconf.gram.select import in_words
@@ -79,8 +77,6 @@ class Session:
         ranks: The processes that measure together.
         sharded: Whether the module is sharded over the ranks, so that a unit spans all of them.
         loss: The loss of a batch.
-        engines: The engine asked for, for each loss of the step by its name; the loop, once no other could be used.
-        memories: What ghost has found out about each loss.
         reports: What is reported of the measurements of each loss.
         fixed: The indices of a fixed draw, for each unit of each rank; empty before, and for other sources.
         last_batch: The last batch that was trained on, its index and its step, where the end of an epoch needs it.
@@ -105,8 +101,6 @@ class Session:
         self.ranks = joined(module.device, collective_timeout(trainer)) if several else Ranks(module.device)
         manual = None if module.automatic_optimization or settings.loss_fn else ManualOptimization(trainer, module)
         self.loss = StepLoss(trainer, settings.loss_fn, manual)
-        self.engines: defaultdict[str, str] = defaultdict(lambda: settings.engine)
-        self.memories: defaultdict[str, Memory] = defaultdict(Memory)
         self.reports: dict[str, Report] = {}
         self.last_batch: tuple[Any, int, int] | None = None
         self.sharded = is_sharded(module)
