@@ -618,7 +618,7 @@ def test_falling_back_is_said_once_with_the_reason(caplog):
 
     _say_once.cache_clear()
     with caplog.at_level(logging.INFO, "lightning_gradconf"):
-        fit(GradientConfusionCallback(every_n_train_steps=1), Branches())
+        fit(GradientConfusionCallback(every_n_train_steps=1), Branches(), loader(batch_size=24))
     messages = [record.getMessage() for record in caplog.records if record.name == "lightning_gradconf"]
     assert len(messages) == 1 and "Branches" in messages[0] and "engine='loop'" in messages[0]
 
