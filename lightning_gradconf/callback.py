@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_gradconf.batches import draws as sampling
-from lightning_gradconf.batches.draws import Unit
+from lightning_gradconf.batches.draws import Unit, class_of
+from lightning_gradconf.batches.loaders import loaders_in
 from lightning_gradconf.batches.sources import Source
 from lightning_gradconf.batches.units import copy_of
 from lightning_gradconf.gram.ghost.engine import Memory
@@ -29,10 +29,10 @@ from lightning_gradconf.reports.loggers import kind, log_numbers
 from lightning_gradconf.reports.report import Measurement, Pair, Report
 from lightning_gradconf.statistics import statistic_names
 from lightning_gradconf.training.compat import Callback, MisconfigurationException, warn
+from lightning_gradconf.training.feed import feed_of
 from lightning_gradconf.training.progress import shown
 from lightning_gradconf.training.training_step import (
     digests,
-    no_trace,
     prepare_step,
     reason_not_to_measure,
     step_loss,
@@ -234,6 +234,7 @@ class GradientConfusionCallback(Callback):
         )
         self._logged: set[str] | None = None
         self._failures = 0
+        self._hint = ""
         self._warned: set[str] = set()
 
     # ---- when -------------------------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ class GradientConfusionCallback(Callback):
         self._memory = Memory()
         self._sharded = sharded.is_sharded(pl_module)
         reason = reason_not_to_measure(trainer, pl_module, self.loss_fn)
-        if reason is None and any(self.source is loader for loader in sampling.training_loaders(trainer)):
+        if reason is None and any(self.source is loader for loader in loaders_in(trainer.train_dataloader).values()):
             reason = "source= is the training loader itself, whose order would change; use source='fresh'"
         if reason is None and self.every_n_epochs is None and self._every(trainer) == 0:
             reason = "Trainer(log_every_n_steps=0) means never; pass every_n_train_steps= to measure"
@@ -263,9 +264,9 @@ class GradientConfusionCallback(Callback):
         due = self._pending or (self.every_n_epochs is None and self._step_is_due(trainer))
         if due and self._measured_at == _step(trainer):  # while gradients accumulate, the step stays the same
             due = self._pending = False
-        self._source.see(trainer, batch, batch_idx, due)
+        self._source.see(feed_of(trainer, pl_module), batch, batch_idx, due)
         if due and (self._n is not None or self._ranks.minimum(self._source.ready())):
-            self._guarded(lambda: self._measure(trainer, pl_module, batch, batch_idx))
+            self._guarded(lambda: self._measure_somehow(trainer, pl_module, batch, batch_idx))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -275,7 +276,7 @@ class GradientConfusionCallback(Callback):
             return
         finished = trainer.is_last_batch or trainer.global_step == trainer.max_steps
         if finished and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._guarded(lambda: self._measure(trainer, pl_module, batch, batch_idx))
+            self._guarded(lambda: self._measure_somehow(trainer, pl_module, batch, batch_idx))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if nothing was ever measured, and release the batches kept."""
@@ -300,23 +301,57 @@ class GradientConfusionCallback(Callback):
 
     # ---- what -------------------------------------------------------------------------------------------------------
 
+    def _measure_somehow(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Measure; where that fails on units cut out of a batch, on units that are each collated alone."""
+        try:
+            self._measure(trainer, pl_module, batch, batch_idx)
+        except Exception as error:
+            # A sample that keeps the padding of its batch is no batch that the user's code expects.
+            if not self._ranks.minimum(self._source.collate_instead(feed_of(trainer, pl_module), in_words(error))):
+                self._hint = self._pairs_work(trainer, pl_module, batch, batch_idx)
+                raise
+            try:
+                self._measure(trainer, pl_module, batch, batch_idx)
+            except Exception:
+                self._source.cut_again()
+                self._hint = self._pairs_work(trainer, pl_module, batch, batch_idx)
+                raise error from None
+        if self._source.remark is not None and self._n is not None:
+            self._warn_once(self._source.remark)
+
+    def _pairs_work(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> str:
+        """Advice to take two samples a unit, if that works where one fails."""
+        if self.unit_size != 1 or self._failures or self._ranks.size > 1:
+            return self._hint
+        feed, source = feed_of(trainer, pl_module), Source(self.source, 2, 1, self.seed, over_batches=False)
+        try:
+            source.see(feed, batch, batch_idx, due=True)
+            with feed.isolated(source.reads(feed)):
+                target = objective(pl_module, step_loss(trainer, pl_module, self.loss_fn, batch_idx, []), self.parameters)
+                pair = source.units(feed, 1, _step(trainer))[0]
+                gram_of_units(target, [pair.batch], 2, "loop", memory_budget=self.memory_budget)
+        except Exception:
+            return ""
+        return "The module fails on a single sample and not on two: pass unit_size=2."
+
     def _measure(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = _step(trainer)
         self._pending = True  # until there is a measurement
         if self._sharded:
             sharded.rest(pl_module)
         given: list[bool] = []
+        feed = feed_of(trainer, pl_module)
         loss = step_loss(trainer, pl_module, self.loss_fn, batch_idx, given)
         before = digests(trainer, pl_module) if self.verify and self._n is None else {}
 
         def prepare() -> tuple[list[Unit], list[int]] | None:
             if not prepare_step(pl_module, copy_of(batch), batch_idx):
                 return None
-            found = self._source.units(trainer, pl_module, self._n or self.num_units, step)
+            found = self._source.units(feed, self._n or self.num_units, step)
             return found, self._classes(found)
 
         with ExitStack() as stack:
-            isolated = no_trace(trainer, pl_module, *self._source.drawn_from(trainer))
+            isolated = feed.isolated(self._source.reads(feed))
             self._ranks.on_all(lambda: stack.enter_context(isolated))
             prepared = self._ranks.on_all(prepare)
             n = self._ranks.minimum(-1 if prepared is None else len(prepared[0]))
@@ -324,10 +359,10 @@ class GradientConfusionCallback(Callback):
                 return
             units, classes = prepared[0][-n:], prepared[1][-n:]
             if enough := n >= (self._n or (1 if self._ranks.size > 1 and not self._sharded else 2)):
-                unit_size = sampling.size_of(units[0].batch)
+                unit_size = units[0].size
                 target = objective(pl_module, loss, self.parameters)
                 how = (target, [unit.batch for unit in units], unit_size)
-                grams, used = self._grams(trainer, *how, sampling.size_of(batch))
+                grams, used = self._grams(trainer, *how, self._source.samples_of(batch, batch_idx))
         if before and not self._verified(before, digests(trainer, pl_module)):
             return
         if not enough:
@@ -362,7 +397,7 @@ class GradientConfusionCallback(Callback):
 
     def _classes(self, units: list[Unit]) -> list[int]:
         """The class of each unit, none without ``labels``."""
-        return [] if self.labels is None else [sampling.class_of(unit.batch, self.labels) for unit in units]
+        return [] if self.labels is None else [class_of(unit.batch, self.labels) for unit in units]
 
     def _described(self, trainer: Trainer, measured: Measurement, units: list[Unit], classes: list[int]) -> Measurement:
         """The measurement with what is to be told of its units, of all ranks."""
@@ -460,7 +495,8 @@ class GradientConfusionCallback(Callback):
                 what, advice = (
                     "a measurement failed",
                     (
-                        f"After {_MAX_FAILURES} failures in a row it stops trying; to see the whole error, run "
+                        self._hint
+                        or f"After {_MAX_FAILURES} failures in a row it stops trying; to see the whole error, run "
                         "gradient_gram on this module and a batch."
                     ),
                 )

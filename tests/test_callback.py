@@ -426,7 +426,7 @@ def test_units_of_a_batch_size_each():
 
 
 def test_data_that_cannot_be_indexed_cannot_be_drawn_from():
-    with pytest.warns(UserWarning, match="source='fresh' and 'fixed' draw from the dataset of one DataLoader"):
+    with pytest.warns(UserWarning, match="source='fresh' and 'fixed' draw from the dataset of a DataLoader"):
         fit(GradientConfusionCallback(source="fresh"), data=loader(dataset=Stream(), shuffle=False))
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lightning_gradconf.batches.draws import Unit, draw, read, size_of, state_of, units_of
-
-if TYPE_CHECKING:
-    from pytorch_lightning import LightningModule, Trainer
+from lightning_gradconf.batches.draws import Origin, Unit, draw, first_of, units_of
+from lightning_gradconf.batches.layout import Layout
+from lightning_gradconf.batches.loaders import Feed, has_items, loaders_in, seed_everything, shares
+from lightning_gradconf.batches.structure import copy_of
 
 
 class Source:
@@ -23,6 +22,10 @@ class Source:
         num_units: How many units a measurement compares at most.
         seed: Of the draws.
         over_batches: Whether units of the current batches are gathered over several of them.
+
+    Attributes:
+        remark: Why units are not cut out of batches, as they were asked for, but collated from items of the dataset;
+            None if they are cut.
     """
 
     def __init__(
@@ -31,64 +34,134 @@ class Source:
         self._kind, self._unit_size, self._num_units, self._seed = kind, unit_size, num_units, seed
         self._over_batches = over_batches or unit_size == "batch"
         self._recent: deque[Unit] = deque()
-        self._batch_size: int | None = None
+        self._layout: Layout | None = None
+        self._largest: dict[str, int] = {}
         self._error: Exception | None = None
         self._fixed: list[Unit] | None = None
+        self.remark: str | None = None
 
     @property
     def seen(self) -> int:
         """How many units of the batches in training are at hand."""
         return len(self._recent)
 
-    def see(self, trainer: Trainer, batch: Any, batch_idx: int, due: bool) -> None:
+    @property
+    def _cuts_current(self) -> bool:
+        return self._kind == "current" and self.remark is None
+
+    def see(self, feed: Feed, batch: Any, batch_idx: int, due: bool) -> None:
         """Keep copies of the units in a batch that is about to be trained on, which training_step may write to."""
-        if self._kind != "current" or not (due or self._over_batches):
+        if not self._cuts_current or not (due or self._over_batches):
             return
         try:
-            found = units_of(batch, batch_idx, self._unit_size, None if self._over_batches else self._num_units)
+            if self._layout is None:
+                with feed.isolated(feed.loaders):
+                    self._layout = Layout(feed, feed.loaders)
         except Exception as error:  # of this rank alone, to be raised where all ranks hear of it
             self._error = error
             return
-        if self._unit_size == "batch":
-            size = size_of(batch)
-            self._batch_size = self._batch_size or size
-            found = found if size == self._batch_size else []  # a short last batch is no unit like the others
+        try:
+            found = self._units_of(self._layout, batch, batch_idx, None if self._over_batches else self._num_units)
+        except Exception as error:
+            if not self.collate_instead(feed, str(error)):
+                self._error = error
+            return
         if not self._over_batches:
             self._recent.clear()
         elif self._recent.maxlen is None and found:
-            per_epoch = len(found) * trainer.num_training_batches
+            per_epoch = len(found) * feed.batches
             self._recent = deque(maxlen=int(min(self._num_units, per_epoch)))
         self._recent.extend(found)
 
     def ready(self) -> bool:
         """Whether there are as many units as there can be, which decides how many all measurements have."""
-        if self._kind != "current" or not self._over_batches:
+        if not self._cuts_current or not self._over_batches:
             return True
         return self._error is not None or len(self._recent) == self._recent.maxlen
 
-    def units(self, trainer: Trainer, module: LightningModule, wanted: int, step: int) -> list[Unit]:
+    def units(self, feed: Feed, wanted: int, step: int) -> list[Unit]:
         """Return the units of this rank to be measured at a step: ``wanted``, or all that there are."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
-        if self._kind == "current":
+        if self._cuts_current:
             return list(self._recent)[-wanted:]
-        seed, rank = self._seed, trainer.global_rank
         if isinstance(self._kind, DataLoader):
-            return read(trainer, module, self._kind, wanted, self._unit_size, (seed, step, rank))
-        if self._kind == "fresh":
-            return draw(trainer, module, wanted, self._unit_size, (seed, step, rank))
+            return self._read(feed, self._kind, wanted, step)
+        if self._kind != "fixed":
+            return draw(feed, wanted, self._unit_size, (self._seed, step, feed.rank))
         if self._fixed is None:
-            self._fixed = draw(trainer, module, wanted, self._unit_size, (seed, rank))
+            self._fixed = draw(feed, wanted, self._unit_size, (self._seed, feed.rank))
         return self._fixed
 
-    def drawn_from(self, trainer: Trainer) -> Sequence[Any]:
-        """Return what `units` changes, to be put back."""
-        if self._kind == "current":
+    def reads(self, feed: Feed) -> Any:
+        """Return the loaders whose items `units` reads, none where it has the batches in training."""
+        if self._cuts_current:
             return []
-        return state_of(self._kind if isinstance(self._kind, DataLoader) else trainer.train_dataloader)
+        return self._kind if isinstance(self._kind, DataLoader) else feed.loaders
+
+    def collate_instead(self, feed: Feed, reason: str) -> bool:
+        """Take units that are each collated from items of the dataset from now on; False if that is no other way.
+
+        Args:
+            feed: What the run trains on.
+            reason: What is wrong with units that are cut out of batches.
+        """
+        given = isinstance(self._kind, DataLoader)
+        loaders = loaders_in(self._kind if given else feed.loaders).values()
+        cuts = (self._kind == "current" or given) and self.remark is None and self._unit_size != "batch"
+        if not cuts or not all(map(has_items, loaders)):
+            return False
+        how = "its samples are collated one unit at a time" if given else "they are drawn as with source='fresh'"
+        self.remark = (
+            f"units cannot be cut out of the batches of {'source=' if given else 'training'}, so {how} "
+            f"({reason.partition(chr(10))[0]})."
+        )
+        self.remark += "" if given else " Pass source='fresh' to choose this."
+        self._recent.clear()
+        return True
+
+    def cut_again(self) -> None:
+        """Take back `collate_instead`, which has not helped."""
+        self.remark = None
+
+    def samples_of(self, batch: Any, batch_idx: int) -> int | None:
+        """Return how many samples a batch in training has, None if that is not known."""
+        found = {} if self._layout is None or isinstance(self._kind, DataLoader) else self._layout.counts(batch, batch_idx)
+        return min(found.values(), default=None)
 
     def forget(self) -> None:
         """Release the batches kept."""
         self._recent.clear()
         self._fixed = None
+
+    def _read(self, feed: Feed, loader: DataLoader[Any], wanted: int, step: int) -> list[Unit]:
+        """The first units of a loader of the user's, started anew."""
+        seed = (self._seed, step, feed.rank)
+        if self._layout is None:
+            self._layout = Layout(feed, loader)
+        if self.remark is None and self._layout.reason is not None:
+            self.collate_instead(feed, self._layout.reason)
+        if self.remark is not None:
+            return first_of(feed, loader, wanted, self._unit_size, seed)
+        seed_everything(seed)
+        found: list[Unit] = []
+        for batch_idx, batch in enumerate(loader):
+            found += self._units_of(self._layout, feed.prepare(batch), batch_idx, wanted - len(found))
+            if len(found) == wanted:
+                break
+        return found
+
+    def _units_of(self, layout: Layout, batch: Any, batch_idx: int, num_units: int | None) -> list[Unit]:
+        """The units in a batch; with ``unit_size="batch"`` it is one, unless it is shorter than others."""
+        if self._unit_size != "batch":
+            loaders, placement, counts = layout.placed(batch)
+            return units_of(batch, batch_idx, placement, shares(loaders, int(self._unit_size), counts), num_units)
+        counts = layout.counts(batch, batch_idx)
+        if any(size < self._largest.get(path, 0) for path, size in counts.items()):
+            return []
+        if self._largest and self._largest != counts:  # those before were short
+            self._recent.clear()
+        self._largest = counts
+        first = next(iter(counts.values()), 0)
+        return [Unit(copy_of(batch), Origin(tuple(range(first)), batch_idx), min(counts.values(), default=None))]

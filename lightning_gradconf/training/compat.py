@@ -46,6 +46,11 @@ def lightning_modules(module: Any) -> list[Any]:
     return [part for part in module.modules() if isinstance(part, tuple(pl.LightningModule for pl in NAMESPACES))]
 
 
+def combined_mode(trainer: Trainer) -> str:
+    """Return how the Trainer takes batches from several loaders: "sequential" is one after the other."""
+    return str(getattr(trainer.fit_loop._combined_loader, "_mode", "max_size_cycle"))
+
+
 def warn(message: str, all_ranks: bool = False) -> None:
     """Warn on the first process only, or on the one that it happened on."""
     message = f"GradientConfusionCallback: {message}"
