@@ -302,36 +302,40 @@ class GradientConfusionCallback(Callback):
     # ---- what -------------------------------------------------------------------------------------------------------
 
     def _measure_somehow(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Measure; where that fails on units cut out of a batch, on units that are each collated alone."""
+        """Measure; where that fails on samples that keep the padding of their batch, on units collated alone."""
         try:
             self._measure(trainer, pl_module, batch, batch_idx)
         except Exception as error:
-            # A sample that keeps the padding of its batch is no batch that the user's code expects.
-            if not self._ranks.minimum(self._source.collate_instead(feed_of(trainer, pl_module), in_words(error))):
-                self._hint = self._pairs_work(trainer, pl_module, batch, batch_idx)
+            feed = feed_of(trainer, pl_module)
+            if self._ranks.minimum(not self._source.pads(feed)):
+                self._hint = self._hint or self._advice(trainer, pl_module, batch, batch_idx)
                 raise
+            self._source.collate_instead(feed, in_words(error))
             try:
                 self._measure(trainer, pl_module, batch, batch_idx)
             except Exception:
                 self._source.cut_again()
-                self._hint = self._pairs_work(trainer, pl_module, batch, batch_idx)
                 raise error from None
         if self._source.remark is not None and self._n is not None:
             self._warn_once(self._source.remark)
 
-    def _pairs_work(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> str:
-        """Advice to take two samples a unit, if that works where one fails."""
+    def _advice(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> str:
+        """What to do about a module that fails on a batch of one sample and not on one of two."""
         if self.unit_size != 1 or self._failures or self._ranks.size > 1:
-            return self._hint
-        feed, source = feed_of(trainer, pl_module), Source(self.source, 2, 1, self.seed, over_batches=False)
-        try:
-            source.see(feed, batch, batch_idx, due=True)
-            with feed.isolated(source.reads(feed)):
-                target = objective(pl_module, step_loss(trainer, pl_module, self.loss_fn, batch_idx, []), self.parameters)
-                pair = source.units(feed, 1, _step(trainer))[0]
-                gram_of_units(target, [pair.batch], 2, "loop", memory_budget=self.memory_budget)
-        except Exception:
             return ""
+        feed, loss = feed_of(trainer, pl_module), step_loss(trainer, pl_module, self.loss_fn, batch_idx, [])
+        for size in (2, 1):
+            source, works = Source(self.source, size, 1, self.seed, over_batches=False), True
+            try:
+                source.see(feed, batch, batch_idx, due=True)
+                with feed.isolated(source.reads(feed)):
+                    target = objective(pl_module, loss, self.parameters)
+                    (unit,) = source.units(feed, 1, _step(trainer))
+                    gram_of_units(target, [unit.batch], size, "loop", memory_budget=self.memory_budget)
+            except Exception:
+                works = False
+            if works == (size == 1):
+                return ""
         return "The module fails on a single sample and not on two: pass unit_size=2."
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -141,7 +141,9 @@ def first_of(feed: Feed, loader: Any, num_units: int, unit_size: int | str, seed
     return collated(loader, {WHOLE: first_indices(loader, size, num_units)}, feed.prepare)
 
 
-def collated(structure: Any, indices: Mapping[str, Sequence[Sequence[Any]]], prepare: Callable[[Any], Any]) -> list[Unit]:
+def collated(
+    structure: Any, indices: Mapping[str, Sequence[Sequence[Any]]], prepare: Callable[[Any], Any]
+) -> list[Unit]:
     """Return one unit for each group of indices, made as the loaders make a batch.
 
     Args:
@@ -153,8 +155,7 @@ def collated(structure: Any, indices: Mapping[str, Sequence[Sequence[Any]]], pre
     found = []
     for groups in zip(*(indices[path] for path in loaders), strict=False):
         parts = [
-            collate(loader, read_items(loader, group))
-            for loader, group in zip(loaders.values(), groups, strict=True)
+            collate(loader, read_items(loader, group)) for loader, group in zip(loaders.values(), groups, strict=True)
         ]
         batch = copy_of(prepare(combined(structure, iter(parts))))
         found.append(Unit(batch, Origin(tuple(groups[0])), min(map(len, groups))))

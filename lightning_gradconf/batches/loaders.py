@@ -228,9 +228,9 @@ def _flat(loader: Any) -> Sequence[Any] | None:
     groups = _groups(loader)
     if type(groups) is not BatchSampler:
         return None
-    sampler = groups.sampler
+    sampler: Any = groups.sampler
     if type(sampler) in (RandomSampler, SequentialSampler):
-        return range(len(sampler.data_source))  # type: ignore[attr-defined]
+        return range(len(sampler.data_source))
     return list(islice(sampler, _most(sampler, loader)))
 
 

@@ -42,8 +42,8 @@ def learn(collated: Callable[[Sequence[int], int], Any]) -> Placement:
 
     >>> import torch
     >>> items = [(torch.randn(5), "a"), (torch.randn(5), "b"), (torch.randn(5), "c")]
-    >>> learn(lambda some, seed: {"x": torch.stack([items[i][0] for i in some], 1), "name": [items[i][1] for i in some]})
-    {"batch['x']": 1, "batch['name']": 'entries'}
+    >>> learn(lambda some, seed: {"x": torch.stack([items[i][0] for i in some], 1), "id": [items[i][1] for i in some]})
+    {"batch['x']": 1, "batch['id']": 'entries'}
     """
     alone = [collated([i], 0) for i in range(_ITEMS)]
     three = collated(range(_ITEMS), 0)
@@ -271,10 +271,9 @@ def _grow(path: str, nodes: tuple[Any, Any, Any], again: Any, placement: Placeme
             _grow(path + key, (column[0], column[1], column[2]), other, placement, drawn)
         return
     placement[path] = None
-    if isinstance(first, Tensor | Number) or is_array(first):
-        if not same(nodes[2], again):
-            drawn.add(path)
-            return
+    if (isinstance(first, Tensor | Number) or is_array(first)) and not same(nodes[2], again):
+        drawn.add(path)
+        return
     if not (same(nodes[0], nodes[1]) and same(nodes[1], nodes[2])):
         raise ValueError(f"{path}, {_a(first)}, is another one for one, two and three items")
 

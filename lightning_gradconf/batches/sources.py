@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from typing import Any, Final
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_gradconf.batches.draws import Origin, Unit, draw, first_of, units_of
 from lightning_gradconf.batches.layout import Layout
 from lightning_gradconf.batches.loaders import Feed, has_items, loaders_in, seed_everything, shares
-from lightning_gradconf.batches.structure import copy_of
+from lightning_gradconf.batches.structure import copy_of, leaves
+
+# Units collated alone that are looked at to see whether batches pad their samples.
+_COMPARED: Final = 4
 
 
 class Source:
@@ -36,6 +41,7 @@ class Source:
         self._recent: deque[Unit] = deque()
         self._layout: Layout | None = None
         self._largest: dict[str, int] = {}
+        self._shapes: list[torch.Size] = []
         self._error: Exception | None = None
         self._fixed: list[Unit] | None = None
         self.remark: str | None = None
@@ -57,14 +63,14 @@ class Source:
             if self._layout is None:
                 with feed.isolated(feed.loaders):
                     self._layout = Layout(feed, feed.loaders)
+            try:
+                found = self._units_of(self._layout, batch, batch_idx, None if self._over_batches else self._num_units)
+            except ValueError as error:
+                if not self.collate_instead(feed, str(error)):
+                    raise
+                return
         except Exception as error:  # of this rank alone, to be raised where all ranks hear of it
             self._error = error
-            return
-        try:
-            found = self._units_of(self._layout, batch, batch_idx, None if self._over_batches else self._num_units)
-        except Exception as error:
-            if not self.collate_instead(feed, str(error)):
-                self._error = error
             return
         if not self._over_batches:
             self._recent.clear()
@@ -89,7 +95,7 @@ class Source:
         if isinstance(self._kind, DataLoader):
             return self._read(feed, self._kind, wanted, step)
         if self._kind != "fixed":
-            return draw(feed, wanted, self._unit_size, (self._seed, step, feed.rank))
+            return self._collated(feed, wanted, step)
         if self._fixed is None:
             self._fixed = draw(feed, wanted, self._unit_size, (self._seed, feed.rank))
         return self._fixed
@@ -100,35 +106,60 @@ class Source:
             return []
         return self._kind if isinstance(self._kind, DataLoader) else feed.loaders
 
+    def pads(self, feed: Feed) -> bool:
+        """Return whether the last units that were cut out of a batch have other shapes than units collated alone."""
+        if not self._shapes or not self._can_collate(feed):
+            return False
+        try:
+            with feed.isolated(self._kind if isinstance(self._kind, DataLoader) else feed.loaders):
+                return any(_shapes(unit) != self._shapes for unit in self._collated(feed, _COMPARED, 0))
+        except Exception:  # of the user's dataset
+            return False
+
     def collate_instead(self, feed: Feed, reason: str) -> bool:
-        """Take units that are each collated from items of the dataset from now on; False if that is no other way.
+        """Take units that are each collated from items of the dataset from now on.
 
         Args:
             feed: What the run trains on.
             reason: What is wrong with units that are cut out of batches.
+
+        Returns:
+            Whether that is possible.
         """
-        given = isinstance(self._kind, DataLoader)
-        loaders = loaders_in(self._kind if given else feed.loaders).values()
-        cuts = (self._kind == "current" or given) and self.remark is None and self._unit_size != "batch"
-        if not cuts or not all(map(has_items, loaders)):
+        if not self._can_collate(feed):
             return False
-        how = "its samples are collated one unit at a time" if given else "they are drawn as with source='fresh'"
-        self.remark = (
-            f"units cannot be cut out of the batches of {'source=' if given else 'training'}, so {how} "
-            f"({reason.partition(chr(10))[0]})."
-        )
-        self.remark += "" if given else " Pass source='fresh' to choose this."
-        self._recent.clear()
+        reason = reason.partition("\n")[0]
+        if isinstance(self._kind, DataLoader):
+            self.remark = f"units cannot be cut out of the batches of source=, so each is collated alone ({reason})."
+        else:
+            self.remark = (
+                "units cannot be cut out of the batches of training, so they are drawn as with source='fresh' "
+                f"({reason}). Pass source='fresh' to choose this."
+            )
         return True
 
     def cut_again(self) -> None:
         """Take back `collate_instead`, which has not helped."""
         self.remark = None
 
+    def _can_collate(self, feed: Feed) -> bool:
+        """Whether units are cut out of batches now, and could be collated alone."""
+        given = isinstance(self._kind, DataLoader)
+        if self._unit_size == "batch" or self.remark is not None or not (given or self._kind == "current"):
+            return False
+        return all(map(has_items, loaders_in(self._kind if given else feed.loaders).values()))
+
+    def _collated(self, feed: Feed, wanted: int, step: int) -> list[Unit]:
+        seed = (self._seed, step, feed.rank)
+        if isinstance(self._kind, DataLoader):
+            return first_of(feed, self._kind, wanted, self._unit_size, seed)
+        return draw(feed, wanted, self._unit_size, seed)
+
     def samples_of(self, batch: Any, batch_idx: int) -> int | None:
         """Return how many samples a batch in training has, None if that is not known."""
-        found = {} if self._layout is None or isinstance(self._kind, DataLoader) else self._layout.counts(batch, batch_idx)
-        return min(found.values(), default=None)
+        if self._layout is None or isinstance(self._kind, DataLoader):
+            return None
+        return min(self._layout.counts(batch, batch_idx).values(), default=None)
 
     def forget(self) -> None:
         """Release the batches kept."""
@@ -137,14 +168,13 @@ class Source:
 
     def _read(self, feed: Feed, loader: DataLoader[Any], wanted: int, step: int) -> list[Unit]:
         """The first units of a loader of the user's, started anew."""
-        seed = (self._seed, step, feed.rank)
         if self._layout is None:
             self._layout = Layout(feed, loader)
         if self.remark is None and self._layout.reason is not None:
             self.collate_instead(feed, self._layout.reason)
         if self.remark is not None:
-            return first_of(feed, loader, wanted, self._unit_size, seed)
-        seed_everything(seed)
+            return self._collated(feed, wanted, step)
+        seed_everything((self._seed, step, feed.rank))
         found: list[Unit] = []
         for batch_idx, batch in enumerate(loader):
             found += self._units_of(self._layout, feed.prepare(batch), batch_idx, wanted - len(found))
@@ -156,7 +186,10 @@ class Source:
         """The units in a batch; with ``unit_size="batch"`` it is one, unless it is shorter than others."""
         if self._unit_size != "batch":
             loaders, placement, counts = layout.placed(batch)
-            return units_of(batch, batch_idx, placement, shares(loaders, int(self._unit_size), counts), num_units)
+            sizes = shares(loaders, int(self._unit_size), counts)
+            found = units_of(batch, batch_idx, placement, sizes, num_units)
+            self._shapes = _shapes(found[-1]) if found else []
+            return found
         counts = layout.counts(batch, batch_idx)
         if any(size < self._largest.get(path, 0) for path, size in counts.items()):
             return []
@@ -165,3 +198,7 @@ class Source:
         self._largest = counts
         first = next(iter(counts.values()), 0)
         return [Unit(copy_of(batch), Origin(tuple(range(first)), batch_idx), min(counts.values(), default=None))]
+
+
+def _shapes(unit: Unit) -> list[torch.Size]:
+    return [leaf.shape for _, leaf in leaves(unit.batch) if isinstance(leaf, Tensor)]
