@@ -521,8 +521,8 @@ SCENARIOS: dict[str, Scenario] = {
         plugins=lambda: [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**20))]
     ),
     **{f"precision {p}": Scenario(trainer={"precision": p}) for p in ("bf16-mixed", "bf16-true", "64-true")},
-    "combined loaders, max_size": Scenario(TwoLoaders, combined("max_size"), sources=CURRENT),
-    "combined loaders, max_size_cycle": Scenario(TwoLoaders, combined("max_size_cycle"), sources=CURRENT),
+    "combined loaders, max_size": Scenario(TwoLoaders, combined("max_size")),
+    "combined loaders, max_size_cycle": Scenario(TwoLoaders, combined("max_size_cycle")),
     "iterable dataset": Scenario(data=lambda: loader(dataset=Stream(), shuffle=False), sources=CURRENT),
     "loader with its own generator": Scenario(data=lambda: loader(generator=generator())),
     "batch sampler": Scenario(data=batch_sampler),
@@ -632,7 +632,7 @@ def differences(a: Any, b: Any, where: str) -> list[str]:
 def test_run_is_bitwise_the_run_without(name: str, variant: str, plain_runs: Any, tmp_path: Path) -> None:
     scenario, options = SCENARIOS[name], VARIANTS[variant]
     if options.get("source", "current") not in scenario.sources:
-        pytest.skip("this source needs one DataLoader over a dataset with indices")
+        pytest.skip("this source needs datasets with indices")
     confusion = GradientConfusionCallback(**(options | scenario.confusion))
     measured = run(scenario, tmp_path / "measured", [confusion])
     assert_same(plain_runs(name), measured)

@@ -5,7 +5,6 @@ Nothing here touches the training loader (`loaders` says why). Draws and collati
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -117,15 +116,6 @@ def draw(feed: Feed, num_units: int, unit_size: int | str, seed: Sequence[int]) 
                 f"{type(loader).__name__} over {type(getattr(loader, 'dataset', None)).__name__}; use "
                 "source='current', or pass a DataLoader as source"
             )
-    if feed.one_by_one and len(loaders) > 1:
-        every = list(loaders.values())
-        chosen = random.choices(every, weights=[len(loader.dataset) for loader in every], k=num_units)
-        return [
-            unit
-            for loader in every
-            if (wanted := sum(other is loader for other in chosen))
-            for unit in collated(loader, {WHOLE: _drawn(loader, unit_size, wanted)}, feed.prepare)
-        ]
     sizes = dict.fromkeys(loaders, None) if unit_size == "batch" else shares(loaders, int(unit_size))
     return collated(
         feed.loaders,
@@ -160,7 +150,3 @@ def collated(
         batch = copy_of(prepare(combined(structure, iter(parts))))
         found.append(Unit(batch, Origin(tuple(groups[0])), min(map(len, groups))))
     return found
-
-
-def _drawn(loader: Any, unit_size: int | str, num_units: int) -> list[list[Any]]:
-    return draw_indices(loader, None if unit_size == "batch" else int(unit_size), num_units)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
-from lightning_gradconf.batches.loaders import Feed, batch_size, learn_placement, loaders_in, samples_at
+from lightning_gradconf.batches.loaders import Feed, batch_size, learn_placement, loaders_in, samples_at, shares
 from lightning_gradconf.batches.placement import WHOLE, Placement, assume, count, part
 
 
@@ -21,21 +22,16 @@ class Layout:
     """
 
     def __init__(self, feed: Feed, loaders: Any) -> None:
-        every = loaders_in(loaders)
-        # A batch comes from all loaders together, or from any one of them.
-        apart = feed.one_by_one and loaders is feed.loaders and len(every) > 1
-        self._structures = list(every.values()) if apart else [loaders]
-        self._placements: list[Placement | None] = []
+        self._loaders = loaders_in(loaders)
+        self._learned: Placement | None = None
         self.reason: str | None = None
-        for structure in self._structures:
-            try:
-                self._placements.append(learn_placement(structure, feed.prepare))
-            except Exception as error:  # in what the user's code makes of three items, or of what is learned from them
-                self._placements.append(None)
-                self.reason = str(error).partition("\n")[0]
+        try:
+            self._learned = learn_placement(loaders, feed.prepare)
+        except Exception as error:  # in what the user's code makes of three items, or of what is learned from them
+            self.reason = str(error).partition("\n")[0]
 
-    def placed(self, batch: Any) -> tuple[dict[str, Any], Placement, dict[str, int]]:
-        """Return the loaders of a batch, where its samples lie, and how many each part has.
+    def placed(self, batch: Any) -> tuple[Placement, dict[str, int]]:
+        """Return where the samples of a batch lie, and how many each part has.
 
         A batch that is not of the structure that was learned, because its loader changes what ``collate_fn`` returns,
         is one of an unknown loader if that gives it the loader's batch size.
@@ -45,36 +41,35 @@ class Layout:
         """
         if self.reason is not None:
             raise ValueError(self.reason)
-        errors = []
-        for learned in (True, False):
-            for structure, placement in zip(self._structures, self._placements, strict=True):
-                loaders = loaders_in(structure)
-                try:
-                    if learned and placement is not None:
-                        return loaders, placement, count(batch, placement, tuple(loaders))
-                    assumed = _assumed(batch, loaders)
-                    counts = count(batch, assumed, tuple(loaders))
-                    if placement is None or all(batch_size(loaders[path]) == size for path, size in counts.items()):
-                        return loaders, assumed, counts
-                except ValueError as error:
-                    errors.append(error)
-        raise errors[0]
+        if self._learned is None:
+            placement = self._assumed(batch)
+            return placement, count(batch, placement, tuple(self._loaders))
+        try:
+            return self._learned, count(batch, self._learned, tuple(self._loaders))
+        except ValueError as error:
+            with suppress(ValueError):
+                placement = self._assumed(batch)
+                counts = count(batch, placement, tuple(self._loaders))
+                if all(batch_size(self._loaders[path]) == size for path, size in counts.items()):
+                    return placement, counts
+            raise error
+
+    def shares(self, unit_size: int, counts: Mapping[str, int]) -> dict[str, int]:
+        """Return how many samples of each part a unit has, if a batch has as many as counted."""
+        return shares(self._loaders, unit_size, counts)
 
     def counts(self, batch: Any, batch_idx: int) -> dict[str, int]:
         """Return how many samples each part of a batch has, without those that cannot be told."""
         try:
-            return self.placed(batch)[2]
+            return self.placed(batch)[1]
         except ValueError:
-            if len(self._structures) > 1:
-                return {}
-            sizes = {path: samples_at(loader, batch_idx) for path, loader in loaders_in(self._structures[0]).items()}
+            sizes = {path: samples_at(loader, batch_idx) for path, loader in self._loaders.items()}
             return {path: size for path, size in sizes.items() if size is not None}
 
-
-def _assumed(batch: Any, loaders: Mapping[str, Any]) -> Placement:
-    found: Placement = {}
-    for path, loader in loaders.items():
-        own = batch if path == WHOLE else part(batch, path)
-        if own is not None:
-            found |= assume(own, batch_size(loader), path)
-    return found
+    def _assumed(self, batch: Any) -> Placement:
+        found: Placement = {}
+        for path, loader in self._loaders.items():
+            own = batch if path == WHOLE else part(batch, path)
+            if own is not None:
+                found |= assume(own, batch_size(loader), path)
+        return found

@@ -39,7 +39,6 @@ class Feed:
         prepare: What makes of a collated batch the one that the training step gets: on the device, in the precision of
             the run, after the user's hooks.
         isolated: ``isolated(loaders)`` is a context that puts back what reading items changes.
-        one_by_one: Whether a batch comes from one of several loaders, not from all.
         batches: How many there are in an epoch.
         rank: The number of this process.
     """
@@ -47,7 +46,6 @@ class Feed:
     loaders: Any
     prepare: Callable[[Any], Any] = lambda batch: batch
     isolated: Callable[[Any], AbstractContextManager[Any]] = nullcontext
-    one_by_one: bool = False
     batches: float = float("inf")
     rank: int = 0
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_gradconf.batches.draws import Origin, Unit, draw, first_of, units_of
 from lightning_gradconf.batches.layout import Layout
-from lightning_gradconf.batches.loaders import Feed, has_items, loaders_in, seed_everything, shares
+from lightning_gradconf.batches.loaders import Feed, has_items, loaders_in, seed_everything
 from lightning_gradconf.batches.structure import copy_of, leaves
 
 # Units collated alone that are looked at to see whether batches pad their samples.
@@ -185,8 +185,8 @@ class Source:
     def _units_of(self, layout: Layout, batch: Any, batch_idx: int, num_units: int | None) -> list[Unit]:
         """The units in a batch; with ``unit_size="batch"`` it is one, unless it is shorter than others."""
         if self._unit_size != "batch":
-            loaders, placement, counts = layout.placed(batch)
-            sizes = shares(loaders, int(self._unit_size), counts)
+            placement, counts = layout.placed(batch)
+            sizes = layout.shares(int(self._unit_size), counts)
             found = units_of(batch, batch_idx, placement, sizes, num_units)
             self._shapes = _shapes(found[-1]) if found else []
             return found

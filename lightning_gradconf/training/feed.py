@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from lightning_gradconf.batches.loaders import Feed, changes
-from lightning_gradconf.training.compat import combined_mode
 from lightning_gradconf.training.training_step import no_trace
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ def feed_of(trainer: Trainer, module: LightningModule) -> Feed:
         loaders=trainer.train_dataloader,
         prepare=prepare,
         isolated=isolated,
-        one_by_one=combined_mode(trainer) == "sequential",
         batches=trainer.num_training_batches,
         rank=trainer.global_rank,
     )

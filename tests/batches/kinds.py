@@ -294,9 +294,7 @@ KINDS: dict[str, Kind] = {
     "named tuple": Kind(
         lambda i: Point(row(i)["x"], row(i)["y"]), default_collate, of_rows, {"batch[0]": 0, "batch[1]": 0}
     ),
-    "dataclass": Kind(
-        row, record, of_rows, {"batch.x": 0, "batch.y": 0, "batch.name": "entries", "batch.scale": None}
-    ),
+    "dataclass": Kind(row, record, of_rows, {"batch.x": 0, "batch.y": 0, "batch.name": "entries", "batch.scale": None}),
     "dynamic padding": Kind(
         lambda i: {"input_ids": ids(i).tolist(), "label": i % CLASSES},
         dynamic_padding,
@@ -306,9 +304,7 @@ KINDS: dict[str, Kind] = {
     "padding that the loss cannot cut": Kind(
         sequence, padded_with_lengths, tag, {"batch[0]": 0, "batch[1]": 0, "batch[2]": 0}, cut=False
     ),
-    "sorted by length": Kind(
-        sequence, sorted_by_length, tag, {"batch[0]": 0, "batch[1]": 0, "batch[2]": 0}, cut=False
-    ),
+    "sorted by length": Kind(sequence, sorted_by_length, tag, {"batch[0]": 0, "batch[1]": 0, "batch[2]": 0}, cut=False),
     "packed sequences": Kind(
         lambda i: (randn(length(i), FEATURES, seed=i), randn(CLASSES, seed=100 + i)),
         packed,

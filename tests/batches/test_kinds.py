@@ -33,14 +33,16 @@ def gram_of(module: Any, batches: Sequence[Any]) -> Tensor:
     parameters = list(module.parameters())
     rows = []
     for batch in batches:
-        found = torch.autograd.grad(module.training_step(batch, 0), parameters, allow_unused=True)
-        rows.append(torch.cat([p.new_zeros(p.numel()) if g is None else g.flatten() for p, g in zip(parameters, found)]))
+        loss = module.training_step(batch, 0)
+        found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        rows.append(torch.cat([gradient.flatten() for gradient in found]))
     return torch.stack(rows) @ torch.stack(rows).T
 
 
 def samples_of(confusion: GradientConfusionCallback) -> list[tuple[int, ...]]:
     """The samples behind each row of the Gram, from a callback with all pairs."""
-    found = {unit: origin for pair in confusion.last_top_pairs for unit, origin in zip(pair.units, pair.origins)}
+    pairs = confusion.last_top_pairs
+    found = {unit: origin for pair in pairs for unit, origin in zip(pair.units, pair.origins, strict=True)}
     return [found[i].samples for i in range(len(confusion.last_gram))]
 
 
@@ -56,7 +58,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 def test_where_samples_lie_is_learned(name):
     kind = KINDS[name]
     if kind.placement is None:
-        with pytest.raises(ValueError, match="batch|sample"):
+        with pytest.raises(ValueError, match=r"batch|sample"):
             learn_placement(kind.loader(), lambda batch: batch)
     else:
         assert learn_placement(kind.loader(), lambda batch: batch) == kind.placement

@@ -92,7 +92,7 @@ def test_a_loader_that_changes_what_collate_fn_returns():
     loader = Renamed(ROWS, batch_size=4)
     layout = Layout(Feed(loader), loader)
     batch = next(iter(loader))
-    assert layout.placed(batch)[1:] == ({"batch['x']": 0, "batch['y']": 0}, {"batch": 4})
+    assert layout.placed(batch) == ({"batch['x']": 0, "batch['y']": 0}, {"batch": 4})
     with pytest.raises(ValueError, match=r"batch\['x'\] is not in the batches"):
         layout.placed({"x": torch.zeros(3, 4), "y": torch.zeros(3)})
 
@@ -111,7 +111,9 @@ def test_sizes_that_contradict_one_another_are_named():
 )
 def test_a_count_that_contradicts_the_batch_size_is_refused_with_the_shapes(shapes, batch_size):
     batch = tuple(map(torch.zeros, shapes))
-    words = f"counts {shapes[0][0]} samples, but the loader's batch_size is {batch_size} (batch[0] {shapes[0]}, batch[1]"
+    words = (
+        f"counts {shapes[0][0]} samples, but the loader's batch_size is {batch_size} (batch[0] {shapes[0]}, batch[1]"
+    )
     with pytest.raises(ValueError, match=re.escape(words)):
         assume(batch, batch_size)
 
