@@ -307,7 +307,7 @@ class GradientConfusionCallback(Callback):
             self._measure(trainer, pl_module, batch, batch_idx)
         except Exception as error:
             feed = feed_of(trainer, pl_module)
-            if self._ranks.minimum(not self._source.pads(feed)):
+            if self._ranks.minimum(not self._source.pads(feed, _step(trainer))):
                 self._hint = self._hint or self._advice(trainer, pl_module, batch, batch_idx)
                 raise
             self._source.collate_instead(feed, in_words(error))

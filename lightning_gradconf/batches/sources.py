@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +14,6 @@ from lightning_gradconf.batches.layout import Layout
 from lightning_gradconf.batches.loaders import Feed, has_items, loaders_in, seed_everything
 from lightning_gradconf.batches.structure import copy_of, leaves
 
-# Units collated alone that are looked at to see whether batches pad their samples.
-_COMPARED: Final = 4
 
 
 class Source:
@@ -106,13 +104,13 @@ class Source:
             return []
         return self._kind if isinstance(self._kind, DataLoader) else feed.loaders
 
-    def pads(self, feed: Feed) -> bool:
+    def pads(self, feed: Feed, step: int) -> bool:
         """Return whether the last units that were cut out of a batch have other shapes than units collated alone."""
         if not self._shapes or not self._can_collate(feed):
             return False
         try:
             with feed.isolated(self._kind if isinstance(self._kind, DataLoader) else feed.loaders):
-                return any(_shapes(unit) != self._shapes for unit in self._collated(feed, _COMPARED, 0))
+                return any(_shapes(unit) != self._shapes for unit in self._collated(feed, self._num_units, step))
         except Exception:  # of the user's dataset
             return False
 
