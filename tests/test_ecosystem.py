@@ -1,6 +1,6 @@
 """Modules of published packages, measured with one line: bitwise unchanged, and equal to plain autograd.
 
-    pip install -e '.[test,ecosystem]' && pytest -m ecosystem
+pip install -e '.[test,ecosystem]' && pytest -m ecosystem
 """
 
 from __future__ import annotations
@@ -122,7 +122,11 @@ def molecules() -> tuple[Any, Any]:
     targets = np.random.default_rng(0).normal(size=(len(SMILES), 1))
     points = [chemprop.data.MoleculeDatapoint.from_smi(s, y) for s, y in zip(SMILES, targets, strict=True)]
     torch.manual_seed(0)
-    parts = chemprop.nn.BondMessagePassing(d_h=20), chemprop.nn.MeanAggregation(), chemprop.nn.RegressionFFN(input_dim=20)
+    parts = (
+        chemprop.nn.BondMessagePassing(d_h=20),
+        chemprop.nn.MeanAggregation(),
+        chemprop.nn.RegressionFFN(input_dim=20),
+    )
     loader = chemprop.data.build_dataloader(chemprop.data.MoleculeDataset(points), batch_size=5, num_workers=0)
     return chemprop.models.MPNN(*parts), loader
 

@@ -275,7 +275,9 @@ def _grow(path: str, nodes: tuple[Any, Any, Any], again: Any, placement: Placeme
         drawn.add(path)
         return
     if not (same(nodes[0], nodes[1]) and same(nodes[1], nodes[2])):
-        raise ValueError(f"{path}, {_a(first)}, is another one for one, two and three items")
+        if first is None or isinstance(first, Tensor | Number | str | list | tuple | Mapping) or is_array(first):
+            raise ValueError(f"{path} differs between batches of one, two and three items")
+        raise ValueError(f"samples cannot be told apart in {path}, an object of type {type(first).__name__}")
 
 
 def _agree(a: Any, b: Any, drawn: set[str], path: str = WHOLE) -> bool:
@@ -291,11 +293,6 @@ def _agree(a: Any, b: Any, drawn: set[str], path: str = WHOLE) -> bool:
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):  # padded, or empty
         return True
     return same(a, b)
-
-
-def _a(leaf: Any) -> str:
-    name = type(leaf).__name__
-    return f"a{'n' if name[0] in 'AEIOUaeio' else ''} {name}"
 
 
 def _shapes(found: Mapping[str, Any]) -> str:

@@ -15,7 +15,6 @@ from lightning_gradconf.batches.loaders import Feed, has_items, loaders_in, seed
 from lightning_gradconf.batches.structure import copy_of, leaves
 
 
-
 class Source:
     """Where one run takes its units from; the arguments are those of the callback.
 

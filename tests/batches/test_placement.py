@@ -64,7 +64,7 @@ def test_hooks_are_part_of_what_makes_a_batch():
     [
         (lambda items: {"x": torch.stack([x for x, _ in items]), len(items): 1}, "batch has other entries"),
         (lambda items: items[0] if len(items) == 1 else items, "batch has another type"),
-        (lambda items: (torch.stack([x for x, _ in items]), len(items)), r"batch\[1\], an int, is another one"),
+        (lambda items: (torch.stack([x for x, _ in items]), len(items)), r"batch\[1\] differs between batches of one"),
         (lambda items: torch.zeros(2), "nothing in the batch grows"),
         (lambda items: torch.cat([x + i for i, (x, _) in enumerate(items)]).view(-1, 5), "a sample cut out of a batch"),
     ],
