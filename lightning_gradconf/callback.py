@@ -267,7 +267,7 @@ class GradientConfusionCallback(Callback):
             due = self._pending = False
         self._source.see(feed_of(trainer, pl_module), batch, batch_idx, due)
         if due and (self._n is not None or self._ranks.minimum(self._source.ready())):
-            self._guarded(lambda: self._measure_somehow(trainer, pl_module, batch, batch_idx))
+            self._guarded(lambda: self._measure_or_collate(trainer, pl_module, batch, batch_idx))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -277,7 +277,7 @@ class GradientConfusionCallback(Callback):
             return
         finished = trainer.is_last_batch or trainer.global_step == trainer.max_steps
         if finished and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._guarded(lambda: self._measure_somehow(trainer, pl_module, batch, batch_idx))
+            self._guarded(lambda: self._measure_or_collate(trainer, pl_module, batch, batch_idx))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if nothing was ever measured, and release the batches kept."""
@@ -302,7 +302,7 @@ class GradientConfusionCallback(Callback):
 
     # ---- what -------------------------------------------------------------------------------------------------------
 
-    def _measure_somehow(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def _measure_or_collate(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure; where that fails on samples that keep the padding of their batch, on units collated alone."""
         try:
             self._measure(trainer, pl_module, batch, batch_idx)
@@ -367,7 +367,7 @@ class GradientConfusionCallback(Callback):
                 unit_size = units[0].size
                 target = objective(pl_module, loss, self.parameters)
                 how = (target, [unit.batch for unit in units], unit_size)
-                grams, used = self._grams(trainer, *how, self._source.samples_of(batch, batch_idx))
+                grams, used = self._grams(trainer, *how, self._source.samples_of(feed, batch, batch_idx))
         if before and not self._verified(before, digests(trainer, pl_module)):
             return
         if not enough:

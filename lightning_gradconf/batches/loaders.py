@@ -81,7 +81,7 @@ def has_items(loader: Any) -> bool:
 
 def read_items(loader: Any, indices: Sequence[Any]) -> list[Any]:
     """Return items of the dataset, for `collate`."""
-    if loader.batch_sampler is None:  # the dataset makes a batch of many indices itself
+    if _dataset_collates(loader):
         return list(indices)
     dataset = loader.dataset
     if callable(at_once := getattr(dataset, "__getitems__", None)):
@@ -91,7 +91,7 @@ def read_items(loader: Any, indices: Sequence[Any]) -> list[Any]:
 
 def collate(loader: Any, items: Sequence[Any]) -> Any:
     """Return the batch that the loader makes of some items."""
-    if loader.batch_sampler is None:
+    if _dataset_collates(loader):
         return loader.collate_fn(loader.dataset[list(items)])
     return loader.collate_fn([deep_copy_of(item) for item in items])  # some take entries out of the items
 
@@ -224,6 +224,8 @@ def _groups(loader: Any) -> Any:
 def _flat(loader: Any) -> Sequence[Any] | None:
     """The indices that a loader takes, None where a batch sampler of the user's own puts them together."""
     groups = _groups(loader)
+    if groups is None:  # a loader of the user's own
+        return range(len(loader.dataset))
     if type(groups) is not BatchSampler:
         return None
     sampler: Any = groups.sampler
@@ -266,7 +268,12 @@ def _examples(loader: Any) -> list[Any]:
     return [flat[0], flat[len(flat) // 2], flat[-1]]
 
 
+def _dataset_collates(loader: Any) -> bool:
+    """Whether the dataset is asked for all indices of a batch at once, without a batch sampler."""
+    return getattr(loader, "batch_sampler", loader) is None
+
+
 def _of_batches(loader: Any) -> bool:
     """Whether an item of the dataset is a whole batch already."""
     plain = (RandomSampler, SequentialSampler, DistributedSampler)
-    return getattr(loader, "batch_sampler", None) is None and isinstance(getattr(loader, "sampler", None), plain)
+    return _dataset_collates(loader) and isinstance(getattr(loader, "sampler", None), plain)

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 
 from lightning_gradconf.batches.draws import Origin, Unit, draw, first_of, units_of
 from lightning_gradconf.batches.layout import Layout
-from lightning_gradconf.batches.loaders import Feed, has_items, loaders_in, seed_everything
+from lightning_gradconf.batches.loaders import Feed, has_items, loaders_in, samples_at, seed_everything
 from lightning_gradconf.batches.structure import copy_of, leaves
+from lightning_gradconf.batches.units import num_samples
 
 
 class Source:
@@ -152,11 +153,15 @@ class Source:
             return first_of(feed, self._kind, wanted, self._unit_size, seed)
         return draw(feed, wanted, self._unit_size, seed)
 
-    def samples_of(self, batch: Any, batch_idx: int) -> int | None:
-        """Return how many samples a batch in training has, None if that is not known."""
-        if self._layout is None or isinstance(self._kind, DataLoader):
+    def samples_of(self, feed: Feed, batch: Any, batch_idx: int) -> int | None:
+        """Return how many samples a batch in training has, None if that cannot be told."""
+        sizes = [samples_at(loader, batch_idx) for loader in loaders_in(feed.loaders).values()]
+        if None not in sizes:
+            return min(size for size in sizes if size is not None)
+        try:
+            return num_samples(batch)
+        except ValueError:
             return None
-        return min(self._layout.counts(batch, batch_idx).values(), default=None)
 
     def forget(self) -> None:
         """Release the batches kept."""

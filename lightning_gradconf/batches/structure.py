@@ -80,9 +80,12 @@ def deep_copy_of(node: Any) -> Any:
         return node.clone()
     if is_array(node):
         return node.copy()
-    if entries := children(node):
+    if not (entries := children(node)):
+        return copy.copy(node) if isinstance(node, list | Mapping) else node
+    try:
         return rebuild(node, [deep_copy_of(child) for _, child in entries])
-    return copy.copy(node) if isinstance(node, list | Mapping) else node
+    except (TypeError, ValueError, AttributeError):  # a container that cannot be written to need not be copied
+        return node
 
 
 def is_array(node: Any) -> bool:

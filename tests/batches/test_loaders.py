@@ -23,6 +23,7 @@ from torch.utils.data import (
     Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
+    default_collate,
 )
 
 from lightning_gradconf import GradientConfusionCallback
@@ -122,6 +123,20 @@ class Stateful(DataLoader):
         self.given = state["given"]
 
 
+class Own:
+    """A loader that is no DataLoader."""
+
+    def __init__(self) -> None:
+        self.dataset, self.batch_size, self.collate_fn = Rows(), 4, default_collate
+
+    def __len__(self) -> int:
+        return N // 4
+
+    def __iter__(self) -> Iterator[Any]:
+        order = torch.randperm(N).view(-1, 4)
+        return (self.collate_fn([self.dataset[int(i)] for i in group]) for group in order)
+
+
 class AtOnce(Rows):
     """Reads several items at once, as datasets on disk do."""
 
@@ -156,6 +171,7 @@ LOADERS: dict[str, Any] = {
     "stacked datasets": lambda: DataLoader(StackDataset(x=Rows().x, y=Rows().y), batch_size=4, shuffle=True),
     "items at once": lambda: DataLoader(AtOnce(), batch_size=4, shuffle=True),
     "loader with a state": lambda: Stateful(Rows(), batch_size=4, shuffle=True),
+    "no DataLoader": Own,
     "list of items": lambda: DataLoader([Rows()[i] for i in range(N)], batch_size=4, shuffle=True),
 }
 
