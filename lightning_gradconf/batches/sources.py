@@ -27,8 +27,8 @@ class Source:
         over_batches: Whether units of the current batches are gathered over several of them.
 
     Attributes:
-        remark: Why units are not cut out of batches, as they were asked for, but collated from items of the dataset;
-            None if they are cut.
+        remark: What to tell the user about units that are drawn although those of the batch in training were asked
+            for; None if there is nothing to tell.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Source:
         self._shapes: list[torch.Size] = []
         self._error: Exception | None = None
         self._fixed: list[Unit] | None = None
+        self._alone = False  # whether units are collated alone that were to be cut out of batches
         self.remark: str | None = None
 
     @property
@@ -51,7 +52,7 @@ class Source:
 
     @property
     def _cuts_current(self) -> bool:
-        return self._kind == "current" and self.remark is None
+        return self._kind == "current" and not self._alone
 
     def see(self, feed: Feed, batch: Any, batch_idx: int, due: bool) -> None:
         """Keep copies of the units in a batch that is about to be trained on, which training_step may write to."""
@@ -126,10 +127,8 @@ class Source:
         """
         if not self._can_collate(feed):
             return False
-        reason = reason.partition("\n")[0]
-        if isinstance(self._kind, DataLoader):
-            self.remark = f"units cannot be cut out of the batches of source=, so each is collated alone ({reason})."
-        else:
+        self._alone, (reason, *_) = True, reason.splitlines() or [""]
+        if self._kind == "current":  # a loader of the user's gives the same samples either way
             self.remark = (
                 "units cannot be cut out of the batches of training, so they are drawn as with source='fresh' "
                 f"({reason}). Pass source='fresh' to choose this."
@@ -138,20 +137,7 @@ class Source:
 
     def cut_again(self) -> None:
         """Take back `collate_instead`, which has not helped."""
-        self.remark = None
-
-    def _can_collate(self, feed: Feed) -> bool:
-        """Whether units are cut out of batches now, and could be collated alone."""
-        given = isinstance(self._kind, DataLoader)
-        if self._unit_size == "batch" or self.remark is not None or not (given or self._kind == "current"):
-            return False
-        return all(map(has_items, loaders_in(self._kind if given else feed.loaders).values()))
-
-    def _collated(self, feed: Feed, wanted: int, step: int) -> list[Unit]:
-        seed = (self._seed, step, feed.rank)
-        if isinstance(self._kind, DataLoader):
-            return first_of(feed, self._kind, wanted, self._unit_size, seed)
-        return draw(feed, wanted, self._unit_size, seed)
+        self._alone, self.remark = False, None
 
     def samples_of(self, feed: Feed, batch: Any, batch_idx: int) -> int | None:
         """Return how many samples a batch in training has, None if that cannot be told."""
@@ -168,13 +154,26 @@ class Source:
         self._recent.clear()
         self._fixed = None
 
+    def _can_collate(self, feed: Feed) -> bool:
+        """Whether units are cut out of batches now, and could be collated alone."""
+        given = isinstance(self._kind, DataLoader)
+        if self._unit_size == "batch" or self._alone or not (given or self._kind == "current"):
+            return False
+        return all(map(has_items, loaders_in(self._kind if given else feed.loaders).values()))
+
+    def _collated(self, feed: Feed, wanted: int, step: int) -> list[Unit]:
+        seed = (self._seed, step, feed.rank)
+        if isinstance(self._kind, DataLoader):
+            return first_of(feed, self._kind, wanted, self._unit_size, seed)
+        return draw(feed, wanted, self._unit_size, seed)
+
     def _read(self, feed: Feed, loader: DataLoader[Any], wanted: int, step: int) -> list[Unit]:
         """The first units of a loader of the user's, started anew."""
         if self._layout is None:
             self._layout = Layout(feed, loader)
-        if self.remark is None and self._layout.reason is not None:
+        if self._layout.reason is not None:
             self.collate_instead(feed, self._layout.reason)
-        if self.remark is not None:
+        if self._alone:
             return self._collated(feed, wanted, step)
         seed_everything((self._seed, step, feed.rank))
         found: list[Unit] = []
@@ -195,9 +194,9 @@ class Source:
         counts = layout.counts(batch, batch_idx)
         if any(size < self._largest.get(path, 0) for path, size in counts.items()):
             return []
-        if self._largest and self._largest != counts:  # those before were short
+        if any(size > self._largest.get(path, size) for path, size in counts.items()):  # those before were short
             self._recent.clear()
-        self._largest = counts
+        self._largest |= counts
         first = next(iter(counts.values()), 0)
         return [Unit(copy_of(batch), Origin(tuple(range(first)), batch_idx), min(counts.values(), default=None))]
 

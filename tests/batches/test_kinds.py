@@ -96,7 +96,7 @@ def test_draws(name, source, unit_size):
 def test_a_loader_of_the_users_gives_its_first_samples(name):
     kind = KINDS[name]
     confusion, said = fit(Net(kind.loss), kind.loader(shuffle=True), source=kind.loader(batch_size=5), num_units=7)
-    assert len(said) == (not kind.cut) and all("source=" in words for words in said)
+    assert said == []
     close(confusion.last_gram, oracle(kind, [(i,) for i in range(7)]))
 
 

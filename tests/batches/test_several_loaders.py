@@ -112,6 +112,16 @@ def test_whole_batches_of_all_loaders():
     close(confusion.last_gram, gram_of(Both(), [unit(i, 4, 12) for i in range(3)]))
 
 
+def test_a_loader_that_comes_to_its_end_is_no_shorter_batch():
+    combined = CombinedLoader(loaders(16, 12), "max_size")  # 2 batches of one, 8 of the other
+    confusion, said = fit(Both(), combined, unit_size="batch", num_units=4, steps=5)
+    assert said == [] and confusion.last_step == 4
+    batches = [{"a": None, "b": batch_of(OTHERS[i : i + 12])} for i in range(0, 60, 12)]
+    for i in range(2):
+        batches[i]["a"] = batch_of(LABELLED[16 * i : 16 * i + 16])
+    close(confusion.last_gram, gram_of(Both(), batches[1:]))
+
+
 def test_loaders_nested_in_structures():
     assert list(loaders_in({"a": 1, "b": [2, {"c": 3}]})) == ["batch['a']", "batch['b'][0]", "batch['b'][1]['c']"]
 
