@@ -17,10 +17,8 @@ from lightning_gradconf.batches.draws import Unit, class_of
 from lightning_gradconf.batches.loaders import loaders_in
 from lightning_gradconf.batches.sources import Source
 from lightning_gradconf.batches.units import copy_of
-from lightning_gradconf.gram.ghost.engine import Memory
 from lightning_gradconf.gram.memory_budget import bytes_of
 from lightning_gradconf.gram.objective import Objective, objective
-from lightning_gradconf.gram.ranks import data_parallel as distributed
 from lightning_gradconf.gram.ranks import sharded
 from lightning_gradconf.gram.ranks.process_group import Ranks, joined
 from lightning_gradconf.gram.select import Engine, gram_of_units, in_words
@@ -227,7 +225,6 @@ class GradientConfusionCallback(Callback):
             self.source, self.unit_size, self.num_units, self.seed, over_batches=self.every_n_epochs is not None
         )
         self._measured_at: int | None = None
-        self._memory: Memory | None = None
         self._ranks = Ranks(torch.device("cpu"))
         self._sharded = False
         self._report = Report(
@@ -243,7 +240,6 @@ class GradientConfusionCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide once whether this run can be measured."""
         self._start_run()
-        self._memory = Memory()
         self._sharded = sharded.is_sharded(pl_module)
         reason = reason_not_to_measure(trainer, pl_module, self.loss_fn)
         if reason is None and any(self.source is loader for loader in loaders_in(trainer.train_dataloader).values()):
@@ -290,7 +286,6 @@ class GradientConfusionCallback(Callback):
             self._guarded(lambda: self._conclude(trainer), logging=True)
         self._source.forget()
         self._ranks.leave()
-        self._memory = None
 
     def _every(self, trainer: Trainer) -> int:
         logged = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
@@ -332,7 +327,7 @@ class GradientConfusionCallback(Callback):
                 with feed.isolated(source.reads(feed)):
                     target = objective(pl_module, loss, self.parameters)
                     (unit,) = source.units(feed, 1, _step(trainer))
-                    gram_of_units(target, [unit.batch], size, "loop", memory_budget=self.memory_budget)
+                    gram_of_units(self._ranks, target, [unit.batch], size, "loop", dropout=self.dropout)
             except Exception:
                 works = False
             if works == (size == 1):
@@ -395,10 +390,8 @@ class GradientConfusionCallback(Callback):
             }  # fmt: skip
             if self._sharded:
                 return sharded.gram_of_units(self._ranks, target, batches, unit_size, **options), "loop"
-            how = (target, batches, unit_size, self._engine)
-            if self._ranks.size > 1:
-                return distributed.gram_of_units(self._ranks, *how, **options, usual=usual, memory=self._memory)
-            return gram_of_units(*how, **options, usual=usual, memory=self._memory)
+            how = (self._ranks, target, batches, unit_size, self._engine)
+            return gram_of_units(*how, **options, ordinary=usual)
 
     def _classes(self, units: list[Unit]) -> list[int]:
         """The class of each unit, none without ``labels``."""

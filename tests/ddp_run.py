@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Subset
 
 from lightning_gradconf import GradientConfusionCallback, callback
 from lightning_gradconf.batches import sources as source
-from lightning_gradconf.gram.ghost import factors
 from lightning_gradconf.gram.ranks import data_parallel as distributed
+from lightning_gradconf.gram.ranks import factor_exchange as factors
 from lightning_gradconf.reports import report
 from lightning_gradconf.training import training_step as probe
 

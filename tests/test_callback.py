@@ -581,8 +581,7 @@ def test_not_finite_is_logged_as_nan_and_said_once():
 def test_falling_back_is_said_once_with_the_reason(caplog):
     class Branches(Plain):
         def loss(self, batch):
-            loss = super().loss(batch)
-            return loss if loss > 0 else -loss
+            return super().loss(batch) * (1 + float(batch[0].sum()))  # another number for each unit
 
     _say_once.cache_clear()
     with caplog.at_level(logging.INFO, "lightning_gradconf"):

@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lightning_gradconf import GradientConfusionCallback
 from lightning_gradconf.batches import draws
 from lightning_gradconf.batches import sources as source
-from lightning_gradconf.gram import select
+from lightning_gradconf.gram.ranks import data_parallel
 from lightning_gradconf.reports import report
 
 
@@ -105,7 +105,7 @@ FUNCTIONS: dict[str, tuple[Any, str]] = {
     "drawing": (source, "draw"),
     "unit split": (draws, "cut"),
     "isolation": (torch.compiler, "set_stance"),  # in the middle of putting it up
-    "contraction": (select, "blockwise"),
+    "contraction": (data_parallel, "blockwise"),
     "statistics": (report, "gradient_statistics"),
     "histogram": (SummaryWriter, "add_histogram"),
 }

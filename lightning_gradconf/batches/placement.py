@@ -74,8 +74,8 @@ def assume(batch: Any, batch_size: int | None = None, path: str = WHOLE) -> Plac
     Raises:
         ValueError: No tensor has a dimension, first dimensions differ, or their size contradicts ``batch_size``.
     """
-    if (size := samples_of_lists(batch)) is not None:
-        if is_list_of_mappings(batch):
+    if (size := _samples_of_lists(batch)) is not None:
+        if _is_list_of_mappings(batch):
             return {path: ENTRIES}
         return {path + key: ENTRIES for key, _ in children(batch)}
     found = list(leaves(batch, path))
@@ -105,7 +105,7 @@ def assume(batch: Any, batch_size: int | None = None, path: str = WHOLE) -> Plac
         if isinstance(leaf, Tensor):
             placement[at] = 0 if leaf.dim() > 0 and leaf.shape[0] == size else None
         else:
-            placement[at] = (0 if is_array(leaf) else ENTRIES) if one_a_sample(leaf, size) else None
+            placement[at] = (0 if is_array(leaf) else ENTRIES) if _one_a_sample(leaf, size) else None
     return placement
 
 
@@ -212,27 +212,27 @@ def part(batch: Any, path: str) -> Any:
     return None
 
 
-def samples_of_lists(batch: Any) -> int | None:
-    """Return the number of samples where they lie along lists, not along dimension 0 of tensors; None elsewhere.
+def _samples_of_lists(batch: Any) -> int | None:
+    """The number of samples where they lie along lists, not along dimension 0 of tensors; None elsewhere.
 
     Only a list of mappings tells: a list of tensors may as well be several inputs, each of many samples.
     """
-    if is_list_of_mappings(batch):
+    if _is_list_of_mappings(batch):
         return len(batch)
     columns = [] if isinstance(batch, Tensor | Mapping) else [child for _, child in children(batch)]
-    if not any(map(is_list_of_mappings, columns)) or not all(isinstance(column, list | tuple) for column in columns):
+    if not any(map(_is_list_of_mappings, columns)) or not all(isinstance(column, list | tuple) for column in columns):
         return None
     lengths = {len(column) for column in columns}
     return lengths.pop() if len(lengths) == 1 else None
 
 
-def is_list_of_mappings(node: Any) -> bool:
-    """Return whether ``node`` is a list of dictionaries, one a sample."""
+def _is_list_of_mappings(node: Any) -> bool:
+    """Whether ``node`` is a list of dictionaries, one a sample."""
     return isinstance(node, list | tuple) and bool(node) and all(isinstance(entry, Mapping) for entry in node)
 
 
-def one_a_sample(leaf: Any, size: int) -> bool:
-    """Return whether a leaf that is no tensor holds one entry for each of ``size`` samples."""
+def _one_a_sample(leaf: Any, size: int) -> bool:
+    """Whether a leaf that is no tensor holds one entry for each of ``size`` samples."""
     return (isinstance(leaf, list | tuple) or hasattr(leaf, "__array__")) and len(leaf) == size
 
 
