@@ -200,6 +200,8 @@ RUNS = {
     "again, without": {},
     "accumulation, without": {"accumulate": 2},
     "accumulation, with": {"accumulate": 2, "confusion": EVERY | {"unit_size": "batch", "num_units": 2}},
+    "manual, without": {"manual": True},
+    "manual, with": {"manual": True, "confusion": EVERY},
     "three ranks": {
         "devices": 3, "samples": 22, "confusion": {"unit_size": 2, "every_n_epochs": 1, "num_units": 3},
     },
@@ -257,6 +259,16 @@ def test_ddp_runs_are_bitwise_the_runs_without(name, left):
     assert [step for step, _ in measured[0]["ours"]] == [0, 1, 3, 5]
     # Both ranks' batches of 4; or all of the dataset, of which each rank has one half.
     assert len(measured[0]["gram"]) == (24 if name in ("unused parameters", "static graph") else 8)
+
+
+def test_manual_optimization_and_metrics_that_synchronise(left):
+    measured = left("manual, with")
+    assert_no_trace(left("manual, without"), measured)
+    for rank in measured:
+        assert rank["warnings"] == []
+        assert rank["statistics"] == measured[0]["statistics"], "bitwise the same on all ranks"
+        assert len(rank["gram"]) == 8
+    assert [step for step, _ in measured[0]["ours"]] == [0, 1, 2, 3, 4, 5]
 
 
 def test_accumulation_and_batches_as_units(left):

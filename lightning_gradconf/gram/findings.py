@@ -83,13 +83,16 @@ class Findings:
         return old.detach().copy_(tensor.detach())
 
 
-_FINDINGS: WeakKeyDictionary[nn.Module, dict[Any, Findings]] = WeakKeyDictionary()
+_FINDINGS: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Any, Findings]] = WeakKeyDictionary()
 
 
 def findings_of(module: nn.Module, loss_fn: Callable[..., Any]) -> Findings:
-    """Return what is known about a module and its loss: about functions with the same code, if there are several."""
-    of_module = _FINDINGS.setdefault(module, {})
-    return of_module.setdefault(getattr(loss_fn, "__code__", None), Findings())
+    """Return what is known about a module and its loss. Functions with the same code are the same loss."""
+    losses = _FINDINGS.setdefault(module, WeakKeyDictionary())
+    try:
+        return losses.setdefault(getattr(loss_fn, "__code__", loss_fn), Findings())
+    except TypeError:  # a callable that has no hash, or cannot be held weakly
+        return Findings()
 
 
 def _kind(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]:

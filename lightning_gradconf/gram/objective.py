@@ -37,6 +37,11 @@ class Objective:
         """Where the first of the parameters is."""
         return next(iter(self.parameters.values())).device
 
+    def copies(self) -> dict[str, Tensor]:
+        """Return copies of the module's tensors for `at`, of which the parameters are leaves that require grad."""
+        copies = {name: p.detach().clone().requires_grad_() for name, p in self.parameters.items()}
+        return copies | {name: t.detach().clone() for name, t in self.constants.items()}
+
     def check_leaves(self, leaves: Iterable[Tensor]) -> None:
         """Check that a loss computed with other tensors in place of the module's own has not reached these.
 

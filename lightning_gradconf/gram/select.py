@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from lightning_gradconf.gram.findings import Findings, findings_of
 from lightning_gradconf.gram.ghost import engine as ghost
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.memory_budget import units_at_once
+from lightning_gradconf.gram.metric_answers import answered
 from lightning_gradconf.gram.module_state import untouched
 from lightning_gradconf.gram.objective import LossFn, Objective, objective, sizes
 from lightning_gradconf.gram.ranks.data_parallel import agreed_budget, contract, gram_of_factors
@@ -135,67 +137,88 @@ def gram_of_units(
     """
     if engine != "auto" and engine not in _ENGINES:
         raise ValueError(f"engine={engine!r} is not one of 'auto', {', '.join(map(repr, _ENGINES))}")
-    n, bytes_of_each = len(units), sizes(objective.parameters.values())
+    bytes_of_each = sizes(objective.parameters.values())
     budget = agreed_budget(ranks, memory_budget, least(bytes_of_each))
     mode = MeasurementMode(running_statistics=unit_size == 1, dropout=dropout)
     findings = findings_of(objective.module, objective.loss_fn)
-    together = n
-    if engine != "loop":
+    with ExitStack() as stack:
         with mode:
-            together = ranks.minimum(ranks.on_all(lambda: units_at_once(objective, units, unit_size, ordinary, budget)))
+            objective = stack.enter_context(answered(objective, units[0]))
+            fits = lambda: units_at_once(objective, units, unit_size, ordinary, budget)  # noqa: E731
+            together = len(units) if engine == "loop" else ranks.minimum(ranks.on_all(fits))
+        call = _Call(ranks, objective, units, engine, mode, findings, budget, together, progress)
+        return call.by_first_that_can() if engine == "auto" else (call.by(engine), engine)
 
-    def by_factors() -> dict[str, Tensor]:
-        if ranks.size == 1:
-            return ghost.unit_grams(objective, units, mode, findings, budget)
-        factors = ranks.on_all(lambda: ghost.unit_factors(objective, units, mode, findings, budget))
-        return gram_of_factors(ranks, objective.parameters, factors, n, findings.workspace)
 
-    def by_gradients(differentiator: Differentiator, at_once: int | None) -> dict[str, Tensor]:
-        made = plan(n, bytes_of_each, budget, at_once)
-        if engine == "auto" and at_once is None and made.chunk == 1 and made.block < n:
-            raise RuntimeError("the memory budget has no room for gradients of several units beside those held")
-        with mode:
-            compute = repeatable(ranks.on_all(lambda: differentiator(objective)), units, made)
-            gradients = lambda i, j: ranks.on_all(lambda: compute(i, j))  # noqa: E731
-            return contract(ranks, n, gradients, made, sum(bytes_of_each), progress)
+@dataclass(frozen=True)
+class _Call:
+    """A call of `gram_of_units`, with what it has agreed upon: ``together`` is how many units may share a pass."""
 
-    measure: dict[str, Callable[[], dict[str, Tensor]]] = {
-        "ghost": by_factors,
-        "vmap": lambda: by_gradients(vmap.differentiator, together if together < n else None),
-        "loop": lambda: by_gradients(loop.differentiator, 1),
-    }
-    reasons: list[str] = []
-    for name in _ENGINES if engine == "auto" else (engine,):
-        last = name == "loop" or engine != "auto"
-        if not last and (reason := _reason_to_skip(name, findings, n, together)) is not None:
+    ranks: Ranks
+    objective: Objective
+    units: Sequence[Any]
+    engine: str
+    mode: MeasurementMode
+    findings: Findings
+    budget: int
+    together: int
+    progress: Progress | None
+
+    def by_first_that_can(self) -> tuple[dict[str, Tensor], str]:
+        """Measure with the fastest engine that can, and say why with none faster."""
+        reasons: list[str] = []
+        for name in _ENGINES[:-1]:
+            if (reason := self._reason_to_skip(name)) is None:
+                try:
+                    # A pass that fails halfway may leave half a state behind; one that has worked should go on to.
+                    with nullcontext() if self.findings.has_worked(name) else untouched(self.objective.module):
+                        grams = self.by(name)
+                except Exception as error:
+                    reason = in_words(error)
+                    self.findings.note_failure(name, reason)
+                else:
+                    self.findings.note_success(name)
+                    _say_why(self.objective, name, reasons)
+                    return grams, name
             reasons.append(f"{name}: {reason}")
-            continue
-        try:
-            # A pass that fails halfway may leave half a state to the next one; one that has worked is not expected to.
-            tentative = not last and not findings.has_worked(name)
-            with untouched(objective.module) if tentative else nullcontext():
-                grams = measure[name]()
-        except Exception as error:
-            if last:
-                raise
-            findings.note_failure(name, in_words(error))
-            reasons.append(f"{name}: {in_words(error)}")
-            continue
-        findings.note_success(name)
-        _say_why(objective, name, reasons)  # only now: an error that is the user's own has come up again in the loop
-        return grams, name
-    raise AssertionError("the loop either measures or raises")
+        grams = self.by("loop")  # an error that is the user's own comes up again here
+        _say_why(self.objective, "loop", reasons)
+        return grams, "loop"
 
+    def by(self, engine: str) -> dict[str, Tensor]:
+        """Measure with one engine."""
+        if engine == "ghost":
+            return self._by_factors()
+        if engine == "vmap":
+            return self._by_gradients(vmap.differentiator, self.together if self.together < len(self.units) else None)
+        return self._by_gradients(loop.differentiator, 1)
 
-def _reason_to_skip(name: str, findings: Findings, n: int, together: int) -> str | None:
-    """Return why an engine need not be tried, None if it may work."""
-    if n < 2:
-        return "a single unit is measured as it is"
-    if together < (n if name == "ghost" else 2):
-        return "a pass of several units does not fit the memory budget"
-    if name != "loop" and findings.refused is not None:
-        return findings.refused
-    return findings.reason_to_skip(name, _TRIES)
+    def _by_factors(self) -> dict[str, Tensor]:
+        how = (self.objective, self.units, self.mode, self.findings, self.budget)
+        if self.ranks.size == 1:
+            return ghost.unit_grams(*how)
+        factors = self.ranks.on_all(lambda: ghost.unit_factors(*how))
+        workspace = self.findings.workspace
+        return gram_of_factors(self.ranks, self.objective.parameters, factors, len(self.units), workspace)
+
+    def _by_gradients(self, differentiator: Differentiator, at_once: int | None) -> dict[str, Tensor]:
+        bytes_of_each = sizes(self.objective.parameters.values())
+        made = plan(len(self.units), bytes_of_each, self.budget, at_once)
+        if self.engine == "auto" and at_once is None and made.chunk == 1 and made.block < len(self.units):
+            raise RuntimeError("the memory budget has no room for gradients of several units beside those held")
+        with self.mode:
+            gradients = repeatable(self.ranks.on_all(lambda: differentiator(self.objective)), self.units, made)
+            compute = lambda i, j: self.ranks.on_all(lambda: gradients(i, j))  # noqa: E731
+            return contract(self.ranks, len(self.units), compute, made, sum(bytes_of_each), self.progress)
+
+    def _reason_to_skip(self, engine: str) -> str | None:
+        """Return why an engine need not be tried, None if it may work."""
+        n = len(self.units)
+        if n < 2:
+            return "a single unit is measured as it is"
+        if self.together < (n if engine == "ghost" else 2):
+            return "a pass of several units does not fit the memory budget"
+        return self.findings.refused or self.findings.reason_to_skip(engine, _TRIES)
 
 
 def in_words(error: Exception) -> str:

@@ -11,7 +11,7 @@ from torch.func import grad, vmap
 
 from lightning_gradconf.batches.units import stack
 from lightning_gradconf.gram.ghost import graph as graphs
-from lightning_gradconf.gram.module_state import without_warnings
+from lightning_gradconf.gram.module_state import rewinder, without_warnings
 from lightning_gradconf.gram.objective import Objective, as_rows
 from lightning_gradconf.gram.plain_autograd import disagreement, in_words
 
@@ -32,6 +32,8 @@ def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, 
     parameters = {name: p.detach().clone() for name, p in objective.parameters.items()}
     compared: list[bool] = []
 
+    rewind = rewinder(objective.module)
+
     def gradients(units: Sequence[Any]) -> dict[str, Tensor]:
         tensors, rebuild = stack(units)
 
@@ -44,6 +46,7 @@ def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, 
         # Attention on a CPU has no batching rule: torch says so each time, and is right and not much slower.
         with without_warnings("There is a performance drop because"):
             found, losses = per_unit(parameters, *tensors)
+        rewind()
         objective.check_leaves(graphs.leaves(losses.grad_fn))
         rows = {name: as_rows(found.pop(name), len(units)) for name in list(found)}
         if not compared:

@@ -34,6 +34,7 @@ from lightning_gradconf.gram.ghost.value_reads import UnitsDiffer
 from lightning_gradconf.gram.ghost.verify import Proof, random_weights
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.memory_budget import megabytes
+from lightning_gradconf.gram.module_state import rewinder
 from lightning_gradconf.gram.objective import Objective, accumulation_dtype, run_backward, sizes
 from lightning_gradconf.gram.plain_autograd import disagreement, in_words
 
@@ -118,6 +119,7 @@ def _measured(
     for i, unit in enumerate(units):
         by_shape[shapes_of(unit)].append(i)
     waiting, passes = list(by_shape.values()), len(by_shape)
+    rewind = rewinder(objective.module)  # each pass starts from the module's state before the first
     while waiting:
         if passes > _MOST_GROUPS:
             raise NotImplementedError(f"units go more than {_MOST_GROUPS} different ways, by their shapes and values")
@@ -131,16 +133,19 @@ def _measured(
         try:
             losses = forward(objective, leaves, some, mode, findings.writes)
         except UnitsDiffer as differ:
+            rewind()
             ways: dict[Hashable, list[int]] = defaultdict(list)
             for i, value in zip(indices, differ.values, strict=True):
                 ways[value].append(i)
             waiting += ways.values()
             passes += len(ways) - 1
             continue
+        rewind()
         measurement = _Measurement(objective, leaves, some, mode, findings, budget, keep or passes > 1)
         found = measurement.accumulated(losses, proves)
         if found.surprises:  # a use that was never proved
             losses = forward(objective, leaves, some, mode, findings.writes)
+            rewind()
             found = measurement.accumulated(losses, proves=True)
         del losses
         yield _Group(indices, found.grams, found.factors)
