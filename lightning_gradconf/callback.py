@@ -65,7 +65,8 @@ class GradientConfusionCallback(Callback):
         num_units: How many gradients are compared.
         unit_size: Samples behind each gradient; ``"batch"`` is a whole batch of the loader.
         source: ``"current"`` takes samples of the batch in training, or where one is not enough (``"batch"``,
-            ``every_n_epochs``) of the most recent ones; ``"fresh"`` draws from the training dataset each time;
+            ``every_n_epochs``) of the most recent ones; where samples cannot be cut out of a batch, such as graphs, it
+            draws like ``"fresh"`` and says so. ``"fresh"`` draws from the training dataset each time, each unit alone;
             ``"fixed"`` draws once; a DataLoader gives its first samples each time.
         engine: How gradients are computed; see `gradient_gram`. All give the same numbers.
         parameters: Glob patterns on names of parameters; None is all that require grad.
