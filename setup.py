@@ -26,6 +26,8 @@ LINT = ["ruff>=0.9", "mypy>=1.14", "codespell>=2.4"]  # ruff 0.9: the 2025 forma
 PEERS = ["torchjd>=0.18", "opacus>=1.6"]  # not backpack, which asks for torchvision and with it another torch
 TESTED_WITH = ["lightning>=2.4,!=2.6.2,!=2.6.3", "rich>=13", "transformers>=4.48"]
 LOGGERS = ["mlflow-skinny>=2.20", "wandb>=0.19"]  # the lowest that know NumPy 2
+# Packages whose own modules are trained and measured by tests/test_ecosystem.py; the versions it was first run with.
+ECOSYSTEM = ["torch_geometric>=2.8", "pytorch-forecasting>=1.8", 'chemprop>=2.3; python_version >= "3.11"']
 BROWSER = ["selenium>=4.20"]  # looks at the pages of TensorBoard
 
 setup(
@@ -72,6 +74,7 @@ setup(
         "cli": CLI,
         "bench": PEERS,
         "docs": DOCS,
+        "ecosystem": ECOSYSTEM,
         "test": TEST + LINT + TESTED_WITH + LOGGERS + BROWSER + PLOTS + SKLEARN + CLI,
     },
 )

@@ -42,7 +42,7 @@ ISOLATION, PROBE, OBJECTIVE, VMAP, UNITS, SESSION, LAYERS = (
     "training/training_step.py",
     "gram/objective.py",
     "gram/vmap.py",
-    "batches/units.py",
+    "batches/structure.py",
     "training/session.py",
     "gram/measurement_mode.py",
 )
@@ -103,7 +103,7 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     "compiled code runs eagerly": (PROBE, 'torch.compiler.set_stance("force_eager")', "ExitStack()"),
     "the module's own hook": (PROBE, 'if not _is_overridden(module, "on_train_batch_start"):', "if True:"),
     "the precision plugin's context": (PROBE, "trainer.precision_plugin.train_step_context()", "ExitStack()"),
-    "copies of batches": (UNITS, "_map(lambda leaf: leaf.clone() if", "_map(lambda leaf: leaf if"),
+    "copies of batches": (UNITS, "map_leaves(lambda leaf: leaf.clone() if", "map_leaves(lambda leaf: leaf if"),
     "copies of parameters": (
         OBJECTIVE,
         "name: p.detach().clone().requires_grad_() for",

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from lightning_gradconf.batches import draws
+from lightning_gradconf.batches.loaders import loaders_in
 from lightning_gradconf.batches.sources import Source
 from lightning_gradconf.gram.ranks.process_group import Ranks, joined
 from lightning_gradconf.gram.ranks.sharded import is_sharded
 from lightning_gradconf.gram.select import in_words
 from lightning_gradconf.reports.report import Measurement, Report
+from lightning_gradconf.training.attempts import advice, measured_or_collated
 from lightning_gradconf.training.compat import (
     collective_timeout,
     inform,
@@ -21,8 +23,8 @@ from lightning_gradconf.training.compat import (
     warn,
     warn_here,
 )
+from lightning_gradconf.training.feed import feed_of
 from lightning_gradconf.training.manual_optimization import ManualOptimization
-from lightning_gradconf.training.measure import measured_now
 from lightning_gradconf.training.overhead import Overhead
 from lightning_gradconf.training.schedule import Schedule
 from lightning_gradconf.training.training_step import StepLoss, reason_not_to_measure
@@ -41,8 +43,13 @@ def reason_not_to_start(settings: GradientConfusionCallback, trainer: Trainer, m
     """Return why a run cannot be measured and what to do about it, None if it can."""
     if (reason := reason_not_to_measure(trainer, module, settings.loss_fn)) is not None:
         return reason
-    if any(settings.source is loader for loader in draws.training_loaders(trainer)):
+    if any(settings.source is loader for loader in loaders_in(trainer.train_dataloader).values()):
         return "source= is the training loader itself, whose order would change; use source='fresh'"
+    names = [name for name, _ in module.named_parameters()]
+    for pattern in [settings.parameters] if isinstance(settings.parameters, str) else settings.parameters or []:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            like = ", ".join(map(repr, names[:5]))
+            return f"parameters={pattern!r} matches none of the {len(names)} parameters; their names are like {like}"
     if settings.every_n_epochs is None and _interval(settings, trainer) == 0:
         return "Trainer(log_every_n_steps=0) means never; pass every_n_train_steps= to measure"
     return None
@@ -72,6 +79,7 @@ class Session:
         sharded: Whether the module is sharded over the ranks, so that a unit spans all of them.
         loss: The loss of a batch.
         reports: What is reported of the measurements of each loss.
+        fixed: The indices of a fixed draw, for each unit of each rank; empty before, and for other sources.
         last_batch: The last batch that was trained on, its index and its step, where the end of an epoch needs it.
     """
 
@@ -83,10 +91,14 @@ class Session:
         self.n: int | None = None
         self.schedule = Schedule(_interval(settings, trainer), settings.every_n_epochs)
         self.overhead = Overhead(module.device)
+        self.fixed: list[Any] = []
         self._load(state)
         over_batches = settings.every_n_epochs is not None
-        self.source = Source(settings.source, settings.unit_size, settings.num_units, settings.seed, over_batches)
         several = trainer.world_size > 1
+        fixed = self.fixed[trainer.global_rank] if len(self.fixed) == trainer.world_size else None
+        self.source = Source(
+            settings.source, settings.unit_size, settings.num_units, settings.seed, over_batches, fixed
+        )
         self.ranks = joined(module.device, collective_timeout(trainer)) if several else Ranks(module.device)
         manual = None if module.automatic_optimization or settings.loss_fn else ManualOptimization(trainer, module)
         self.loss = StepLoss(trainer, settings.loss_fn, manual)
@@ -94,6 +106,7 @@ class Session:
         self.last_batch: tuple[Any, int, int] | None = None
         self.sharded = is_sharded(module)
         self._failures = 0
+        self._advice = ""
         self._said: set[str] = set()
         if self.sharded and (settings.labels is not None or settings.top_pairs):
             self.warn_once("labels= and top_pairs= say nothing in this run: with FSDP a unit spans all ranks.")
@@ -109,6 +122,7 @@ class Session:
             "owed": self.schedule.owed,
             "stretch": self.schedule.stretch,
             "last_measured": self.schedule.last_step,
+            "fixed": self.fixed,
         }
 
     def _load(self, state: Mapping[str, Any]) -> None:
@@ -118,6 +132,7 @@ class Session:
         self.n = state["n"]
         self.schedule.owed, self.schedule.stretch = state["owed"], state["stretch"]
         self.schedule.last_step = state["last_measured"]
+        self.fixed = state["fixed"]
 
     # ---- when -------------------------------------------------------------------------------------------------------
 
@@ -126,7 +141,7 @@ class Session:
         if not self.active or only_refreshes_statistics(self.trainer):
             return False
         due = self.schedule.is_due(self.trainer)
-        self.source.see(self.trainer, batch, batch_idx, due)
+        self.source.see(feed_of(self.trainer, self.module), batch, batch_idx, due)
         if not due:
             return False
         if not self.ranks.minimum(self.source.ready(self.n)):
@@ -172,13 +187,19 @@ class Session:
         """
         self.overhead.start()
         try:
-            measurements = measured_now(self, batch, batch_idx, step)
+            measurements = measured_or_collated(self, batch, batch_idx, step)
         except Exception as error:
+            if self._failures == 0:
+                self._advice = self._advice or advice(self, batch, batch_idx, step)
             self._count_failure(error)
             return []
+        if self.source.remark is not None and measurements:
+            self.warn_once(self.source.remark)
         if measurements:
             self.schedule.done(step)
             self._failures = 0
+            if self.settings.source == "fixed" and not self.fixed:
+                self.fixed = self.ranks.gather([self.source.fixed_indices])
         return [replace(measurement, seconds=self.overhead.elapsed()) for measurement in measurements]
 
     def report_on(self, name: str) -> Report:
@@ -265,11 +286,11 @@ class Session:
         self._failures += 1
         self.schedule.owed = False
         self.active = self._failures < _MAX_FAILURES
-        advice = (
+        remedy = self._advice or (
             f"After {_MAX_FAILURES} failures in a row it stops trying; to see the whole error, run gradient_gram on "
             "this module and a batch."
         )
-        self._warn_of_error("a measurement failed", error, advice)
+        self._warn_of_error("a measurement failed", error, remedy)
 
     def say_too_few(self, n: int) -> None:
         """Switch off if the first measurement finds no two units; later ones wait for a batch that is large enough."""
