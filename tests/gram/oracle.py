@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gram.zoo.registry import SAMPLES, Case, unit_of
 from torch import Tensor, nn
 
-from gram.zoo.registry import SAMPLES, Case, unit_of
 from lightning_gradconf.batches.units import split
 from lightning_gradconf.gram.module_state import untouched
 from lightning_gradconf.gram.objective import objective
