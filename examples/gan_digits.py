@@ -1,7 +1,7 @@
 """A GAN with manual optimisation draws digits: how much do samples disagree about each of its two networks?
 
-A manually optimised ``training_step`` takes optimizer steps, so the callback is told the loss to measure with
-``loss_fn=``; one callback for each network, with a prefix of its own. The data comes with scikit-learn.
+The losses are what ``training_step`` passes to ``manual_backward``; each has curves of its own, with the index of its
+optimizer in their names. The data comes with scikit-learn.
 
     python examples/gan_digits.py [--fast]
 """
@@ -84,19 +84,12 @@ def main() -> None:
     images, _ = load_digits(return_X_y=True)
     data = TensorDataset(torch.tensor(images / 16, dtype=torch.float32))
     logger = TensorBoardLogger(args.save_dir, name="gan_digits", default_hp_metric=False)
-    callbacks = [
-        GradientConfusionCallback(loss_fn=loss_fn, parameters=f"{name}.*", prefix=name)
-        for name, loss_fn in (
-            ("generator", lambda gan, batch: gan.generator_loss(batch)),
-            ("discriminator", lambda gan, batch: gan.discriminator_loss(batch)),
-        )
-    ]
     trainer = pl.Trainer(
         max_epochs=1 if args.fast else args.epochs,
         devices=1,
         logger=logger,
         log_every_n_steps=20,
-        callbacks=callbacks,
+        callbacks=[GradientConfusionCallback()],
         enable_checkpointing=False,
         enable_model_summary=False,
     )
@@ -104,12 +97,12 @@ def main() -> None:
 
     (curves,) = read_runs([logger.log_dir]).values()
     networks = {
-        name: {key.replace(f"{name}/", "confusion/"): curve for key, curve in curves.items() if key.startswith(name)}
-        for name in ("generator", "discriminator")
+        name: {key.replace(f"/{i}/", "/"): curve for key, curve in curves.items() if f"/{i}/" in key}
+        for i, name in enumerate(("discriminator", "generator"))
     }
     picture = args.picture or Path(logger.log_dir) / "confusion.png"
-    plot_runs(networks, prefix="confusion").savefig(picture)
-    print(f"\nThe curves are in {picture}\npython -m lightning_gradconf {args.save_dir} --prefix generator")
+    plot_runs(networks).savefig(picture)
+    print(f"\nThe curves are in {picture}\npython -m lightning_gradconf {args.save_dir} --prefix gradient_confusion/1")
 
 
 if __name__ == "__main__":

@@ -37,13 +37,13 @@ TESTS = (
 )
 SELECTION = "not (epochs or fixed or batches)"  # the other ways of taking units are enough to notice
 
-ISOLATION, PROBE, LOOP, VMAP, UNITS, CALLBACK, LAYERS = (
+ISOLATION, PROBE, OBJECTIVE, VMAP, UNITS, SESSION, LAYERS = (
     "gram/module_state.py",
     "training/training_step.py",
-    "gram/loop.py",
+    "gram/objective.py",
     "gram/vmap.py",
     "batches/units.py",
-    "callback.py",
+    "training/session.py",
     "gram/measurement_mode.py",
 )
 # part: file, what the file says, what it says when broken.
@@ -54,18 +54,22 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     "gradients": (ISOLATION, "    if tensor.grad is not grad:", "    if False:"),
     "requires_grad": (ISOLATION, "    if tensor.requires_grad != requires_grad:", "    if False:"),
     "tensors of the module under its own hooks": (ISOLATION, "        if tensors:", "        if False:"),
-    "tensors in Python state": (ISOLATION, "self.stack.callback(_restore_tensor,", "0 and (0,"),
+    "tensors in Python state": (
+        ISOLATION,
+        "    if tensor.shape != saved.shape:",
+        "    if True:\n        return False\n    elif 0:",
+    ),
     "gradients of tensors in Python state": (ISOLATION, "self.remember(tensor.grad, path)", "pass"),
-    "hidden modules": (ISOLATION, "if id(value) in self.swapped else ()", ""),
+    "hidden modules": (ISOLATION, "if id(module) in self.swapped else ()", ""),
     "entries of mappings": (ISOLATION, "if key not in _NOT_FOLLOWED:", "if False:"),
-    "mappings": (ISOLATION, "    if _same(mapping.items(), saved,", "    if True or _same(mapping.items(), saved,"),
+    "mappings": (ISOLATION, "    if _same(mapping.values(),", "    if True or _same(mapping.values(),"),
     "order and size of mappings": (ISOLATION, "        mapping.clear()", "        pass"),
     "a Counter": (ISOLATION, "        mapping[key] = value", "        mapping.update([(key, value)])"),
-    "lists": (ISOLATION, "    if not _same(sequence, saved, lambda a, b: a is b):", "    if False:"),
+    "lists": (ISOLATION, "    if _same(sequence, saved):", "    if True:"),
     "deques": (ISOLATION, "isinstance(value, list | deque)", "isinstance(value, list)"),
-    "sets": (ISOLATION, "self.stack.callback(_restore_set, value, set(value))", "pass"),
+    "sets": (ISOLATION, "self.containers.append(partial(_restore_set, value, set(value)))", "pass"),
     "tuples and lists inside": (ISOLATION, "            if type(entry) not in _ATOMS:", "            if False:"),
-    "arrays": (ISOLATION, "    array[...] = saved", "    pass"),
+    "arrays": (ISOLATION, "        array[...] = saved", "        pass"),
     "torch generators": (ISOLATION, "    if isinstance(value, torch.Generator):", "    if False:"),
     "Python generators": (ISOLATION, "    elif isinstance(value, random.Random):", "    elif False:"),
     "NumPy generators": (ISOLATION, "isinstance(value, numpy.random.Generator)", "False"),
@@ -73,7 +77,7 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     "objects of the user's": (ISOLATION, 'elif hasattr(value, "__dict__") and self._is_users(value):', "elif False:"),
     "objects from other files": (ISOLATION, "or not _is_installed(module)", ""),
     "namespaces": (ISOLATION, "isinstance(value, SimpleNamespace | Namespace)", "False"),
-    "attributes of data": (ISOLATION, "vars(value), list(vars(value).items()))", "{}, [])"),
+    "attributes of data": (ISOLATION, "vars(value), dict(vars(value)))", "{}, {})"),
     "generators of data": (
         ISOLATION,
         "                self.remember_data(entry)\n\n    def _is",
@@ -86,12 +90,13 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     ),
     "log is mute": (PROBE, 'vars(part)["log"] = ', ""),
     "print is mute": (PROBE, ' = vars(part)["print"]', ""),
-    "loggers are dummies": (PROBE, "trainer.loggers = [dummy() for _ in trainer.loggers]", "pass"),
+    "loggers are dummies": (PROBE, "trainer.loggers = [silent(logger) for logger in trainer.loggers]", "pass"),
     "attributes of the Trainer": (PROBE, "stack.callback(restore_mapping, vars(trainer),", "0 and (0,"),
     "optimizers' groups": (PROBE, "*groups, ", ""),
     "schedulers": (PROBE, "*schedulers, ", ""),
     "the loader's state": (PROBE, "*others, data", "data"),
     "the data module": (PROBE, "data=data, ", ""),
+    "Python's logging": (PROBE, "stack.enter_context(without_logging())", "pass"),
     "warnings": (PROBE, "stack.enter_context(without_warnings())", "pass"),
     "what torch warns of once": (PROBE, "torch.set_warn_always(True)", "pass"),
     "filters of warnings": (ISOLATION, "        filters[:] = saved", "        pass"),
@@ -100,20 +105,20 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     "the precision plugin's context": (PROBE, "trainer.precision_plugin.train_step_context()", "ExitStack()"),
     "copies of batches": (UNITS, "_map(lambda leaf: leaf.clone() if", "_map(lambda leaf: leaf if"),
     "copies of parameters": (
-        LOOP,
+        OBJECTIVE,
         "name: p.detach().clone().requires_grad_() for",
         "name: p.detach().requires_grad_() for",
     ),
     "copies of buffers": (
-        LOOP,
-        "{name: t.detach().clone() for name, t in objective.const",
-        "{name: t for name, t in objective.const",
+        OBJECTIVE,
+        "{name: t.detach().clone() for name, t in self.const",
+        "{name: t for name, t in self.const",
     ),
     "BatchNorm leaves its buffers": (LAYERS, "        if func is F.batch_norm:", "        if False:"),
     "errors never reach the training": (
-        CALLBACK,
-        "        except Exception as error:\n            what, advice =",
-        "        except ZeroDivisionError as error:\n            what, advice =",
+        SESSION,
+        "        except Exception as error:\n            self._count_failure(",
+        "        except ZeroDivisionError as error:\n            self._count_failure(",
     ),
 }
 

@@ -19,12 +19,14 @@ from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from runs import CLASSES, FEATURES, QUIET, Data, Module, Rows, frozen
 from torch import nn
 from torch.utils.data import DataLoader, Subset
+from torchmetrics import Accuracy
 
-from lightning_gradconf import GradientConfusionCallback, callback
+from lightning_gradconf import GradientConfusionCallback
 from lightning_gradconf.batches import sources as source
-from lightning_gradconf.gram.ghost import factors
 from lightning_gradconf.gram.ranks import data_parallel as distributed
+from lightning_gradconf.gram.ranks import factor_exchange as factors
 from lightning_gradconf.reports import report
+from lightning_gradconf.training import measure
 from lightning_gradconf.training import training_step as probe
 
 
@@ -58,6 +60,25 @@ class WithoutNoise(AllUsed):
     def make_net(self):
         net = super().make_net()
         return nn.Sequential(net[0], nn.LayerNorm(8), net[2], net[4])
+
+
+class Manual(AllUsed):
+    """Steps its optimizer itself, and computes a metric over all ranks in every step."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.accuracy = Accuracy(task="multiclass", num_classes=CLASSES)
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        loss = self.loss(batch)
+        self.accuracy.update(self.net(batch[0]), batch[1])
+        self.log("accuracy", self.accuracy.compute())
+        self.log("train_loss", loss)
+        self.manual_backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 class WithoutNoiseUnused(WithoutNoise):
@@ -111,7 +132,7 @@ class Break(pl.Callback):
         owner, name = {
             "isolation": (probe, "untouched"),
             "sampling": (source, "units_of"),
-            "preparation": (callback, "prepare_step"),
+            "preparation": (measure, "prepare_step"),
             "plan": (distributed, "bytes_for_gradients"),
             "forward": (type(module), "measured_loss"),
             "block": (type(module), "measured_loss"),
@@ -130,9 +151,9 @@ class Watched(GradientConfusionCallback):
         self.passes = []
         super().on_train_start(*args)
 
-    def _measure(self, trainer, *args):
-        self.passes.append(trainer.fit_loop.epoch_loop._batches_that_stepped)
-        super()._measure(trainer, *args)
+    def _measure(self, session, *args):
+        self.passes.append(session.trainer.fit_loop.epoch_loop._batches_that_stepped)
+        super()._measure(session, *args)
 
 
 class Leave(pl.Callback):
@@ -173,7 +194,7 @@ class Leave(pl.Callback):
 
 def train(
     out, strategy="ddp", options=None, devices=2, accumulate=1, samples=24, noise=True, smaller=False, confusion=None,
-    fail=None,
+    fail=None, manual=False,
 ):  # fmt: skip
     out.mkdir(exist_ok=True)  # by the other rank, where that runs the script too
     pl.seed_everything(5, verbose=False)
@@ -183,7 +204,7 @@ def train(
         parallel = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
     else:
         kinds = (Net, AllUsed) if noise else (WithoutNoiseUnused, WithoutNoise)
-        module = kinds[not options.get("find_unused_parameters")]()
+        module = Manual() if manual else kinds[not options.get("find_unused_parameters")]()
         parallel = DDPStrategy(
             process_group_backend="gloo", start_method="fork", timeout=timedelta(seconds=60), **options
         )

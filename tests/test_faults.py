@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lightning_gradconf import GradientConfusionCallback
 from lightning_gradconf.batches import sources as source
 from lightning_gradconf.batches import units
-from lightning_gradconf.gram import select
+from lightning_gradconf.gram.ranks import data_parallel
 from lightning_gradconf.reports import report
 
 
@@ -87,11 +87,6 @@ class Faulty(Module):
         self.at("forward")
         return Backward.apply(loss) if "log" in vars(self) else loss
 
-    def log(self, name: str, *args: Any, **kwargs: Any) -> None:
-        super().log(name, *args, **kwargs)
-        if name.startswith(PREFIX):
-            Fault.at("pl_module.log")
-
 
 class FaultyRows(Rows):
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
@@ -105,12 +100,13 @@ FUNCTIONS: dict[str, tuple[Any, str]] = {
     "drawing": (source, "draw"),
     "unit split": (units, "split"),
     "isolation": (torch.compiler, "set_stance"),  # in the middle of putting it up
-    "contraction": (select, "blockwise"),
+    "contraction": (data_parallel, "blockwise"),
     "statistics": (report, "gradient_statistics"),
     "histogram": (SummaryWriter, "add_histogram"),
 }
 STAGES = [
-    *((stage, "auto") for stage in (*FUNCTIONS, "on_train_batch_start", "pl_module.log", "logger")),
+    *((stage, "auto") for stage in (*FUNCTIONS, "on_train_batch_start", "logger") if stage != "contraction"),
+    ("contraction", "loop"),  # what the other engines contract is left to it
     *((stage, engine) for stage in ("forward", "backward") for engine in ("auto", "vmap", "loop")),
 ]
 
@@ -169,7 +165,7 @@ def test_an_error_is_said_once_and_changes_nothing(
     assert len([w for w in caught if "GradientConfusionCallback" in str(w.message)]) == 1
     assert_same(plain, measured)
     assert plain["progress"] == (6, 2, False)
-    assert (measuring.last_gram is None) == (step == 0 and stage not in ("pl_module.log", "logger", "histogram"))
+    assert (measuring.last_gram is None) == (step == 0 and stage not in ("logger", "histogram"))
 
 
 @pytest.fixture(scope="module")

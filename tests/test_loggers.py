@@ -6,8 +6,10 @@ import csv
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradconf import GradientConfusionCallback
 from lightning_gradconf.reports.report import Measurement, Report
@@ -287,8 +290,10 @@ def test_page_has_confusion_loss_and_accuracy_and_a_band_of_cosines(tmp_path):
     fit(GradientConfusionCallback(), GradientConfusionCallback(prefix="of/weight", parameters="weight"), logger=logger)
     page = layout(logger.log_dir)
     assert list(page) == [PREFIX, "of/weight"]
-    assert page[PREFIX]["with loss and accuracy"] == [f"{PREFIX}/min_cosine$", "train_loss$", "val_acc$"]
     events = EventAccumulator(logger.log_dir).Reload()
+    shown = lambda patterns: {tag for tag in events.Tags()["scalars"] for p in patterns if re.match(p, tag)}  # noqa: E731
+    assert shown(page[PREFIX]["with loss and accuracy"]) == {f"{PREFIX}/min_cosine", "train_loss", "val_acc"}
+    assert shown(page["of/weight"]["with loss and accuracy"]) == {"of/weight/min_cosine", "train_loss", "val_acc"}
     cosines = torch.tensor([cosine for cosine, _ in by_cosine()])
     want = (
         cosines.mean(),
@@ -300,14 +305,49 @@ def test_page_has_confusion_loss_and_accuracy_and_a_band_of_cosines(tmp_path):
         assert events.Scalars(tag)[-1].value == pytest.approx(float(value), abs=1e-6)
 
 
-def test_a_page_of_the_users_own_stays(tmp_path):
-    class Own(pl.Callback):
-        def on_train_start(self, trainer, module):
-            trainer.logger.experiment.add_custom_scalars({"mine": {"losses": ["Multiline", ["train_loss"]]}})
+@pytest.mark.parametrize("hook", ["before the run", "setup", "on_fit_start", "on_train_start", "on_train_epoch_end"])
+def test_a_page_of_the_users_own_stays(hook, tmp_path):
+    def write(trainer, *args, **kwargs):
+        trainer.logger.experiment.add_custom_scalars({"mine": {"losses": ["Multiline", ["train_loss"]]}})
 
     logger = TensorBoardLogger(tmp_path)
-    fit(Own(), GradientConfusionCallback(), logger=logger)
-    assert list(layout(logger.log_dir)) == ["mine"]
+    own = pl.Callback()
+    if hook == "before the run":
+        write(SimpleNamespace(logger=logger))
+    else:
+        setattr(own, hook, write)
+    for order in ([own, GradientConfusionCallback()], [GradientConfusionCallback(), own]):
+        fit(*order, logger=logger)
+        assert list(layout(logger.log_dir)) == ["mine"]
+
+
+def test_the_page_is_written_once_and_nothing_is_read_from_the_folder(tmp_path, monkeypatch):
+    class NewKeys(pl.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            module.log(f"loss_of_epoch_{trainer.current_epoch}", 1.0)
+
+    pages, add = [], SummaryWriter.add_custom_scalars
+    monkeypatch.setattr(SummaryWriter, "add_custom_scalars", lambda self, page: (pages.append(page), add(self, page)))
+    monkeypatch.setattr(EventAccumulator, "Reload", lambda self: pytest.fail("read the event folder"))
+    logger = TensorBoardLogger(tmp_path)
+    for _ in range(2):
+        fit(NewKeys(), GradientConfusionCallback(), GradientConfusionCallback(prefix="b"), logger=logger, max_steps=3)
+    assert [list(page) for page in pages] == [[PREFIX, "b"]]
+
+
+def test_bytes_and_bins_of_a_default_measurement(tmp_path):
+    def size(*callbacks):
+        folder = tmp_path / str(len(callbacks))
+        fit(*callbacks, logger=TensorBoardLogger(folder, name=""), max_steps=42, log_every_n_steps=1)
+        return sum(file.stat().st_size for file in folder.rglob("events*")), folder
+
+    without, _ = size()
+    measured, folder = size(GradientConfusionCallback(num_units=8))
+    assert (measured - without) / 42 < 1500
+    events = EventAccumulator(str(folder / "version_0"), size_guidance={"histograms": 0}).Reload()
+    limits = events.Histograms(f"{PREFIX}/cosines")[-1].histogram_value.bucket_limit
+    even = torch.linspace(-1, 1, 41).tolist()
+    assert all(min(abs(limit - edge) for edge in even) < 1e-6 for limit in limits)
 
 
 def test_without_histogram_there_is_no_page(tmp_path):

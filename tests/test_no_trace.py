@@ -81,7 +81,7 @@ class Stateful(Module):
         self.table["nested"][0] += 1
         self.table[self.count] = "seen"
         self.recent.append(self.count)
-        self.labels.add(self.count)
+        self.labels.add((self.count, len(x)))
         self.array += 1
         self.running += x.mean().detach()
         self.totals["n"] += len(x)
@@ -441,6 +441,116 @@ class Gan(Module):
         return [torch.optim.SGD(part.parameters(), 0.05) for part in (self.net, self.critic)]
 
 
+class GanUntoggled(Gan):
+    """The order of the example: the critic's step first, by the second optimizer; backward passes of both kinds."""
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        second.zero_grad()
+        loss = self.critic_loss(batch)
+        loss.backward()
+        second.step()
+        if batch_idx % 2 == 0:
+            first.zero_grad()
+            self.manual_backward(self.generator_loss(batch))
+            first.step()
+        self.log("critic", loss)
+
+
+class WithClosures(Gan):
+    """Steps that take a closure, under `toggle_model`."""
+
+    def training_step(self, batch, batch_idx):
+        for optimizer, loss_of in zip(self.optimizers(), (self.generator_loss, self.critic_loss), strict=True):
+
+            def closure(optimizer=optimizer, loss_of=loss_of):
+                loss = loss_of(batch)
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                return loss
+
+            with optimizer.toggle_model():
+                self.log("loss", optimizer.step(closure=closure))
+
+
+class Manual(Module):
+    """One optimizer, which accumulates; a scheduler stepped by hand, gradients clipped and changed by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.norms = []
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        loss = self.loss(batch) / 2
+        self.manual_backward(loss)
+        for p in optimizer.param_groups[0]["params"]:
+            if p.grad is not None:
+                p.grad.mul_(0.9)
+        if batch_idx % 2:
+            self.norms.append(float(nn.utils.clip_grad_norm_(self.parameters(), 0.5)))
+            self.clip_gradients(optimizer, 0.4, "norm")
+            optimizer.step()
+            optimizer.zero_grad()
+            self.lr_schedulers().step()
+        self.trainer.optimizers[0].param_groups[0]["lr"] *= 0.99
+        self.log("train_loss", loss)
+        return {"seen": loss.detach()}
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)]
+
+
+class HeldOptimizers(Module):
+    """Optimizers, a scheduler and a scaler that the module keeps by itself, and never shows to Lightning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.first = torch.optim.SGD(self.net[0].parameters(), 0.1, momentum=0.9)
+        self.second = torch.optim.Adam(self.net[4].parameters(), 0.01)
+        self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.first, 0.9)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+
+    def training_step(self, batch, batch_idx):
+        self.first.zero_grad()
+        self.second.zero_grad()
+        self.scaler.scale(self.loss(batch)).backward()
+        self.scaler.unscale_(self.first)
+        self.scaler.step(self.first)
+        self.scaler.step(self.second)
+        self.scaler.update()
+        self.scheduler.step()
+
+    def configure_optimizers(self):
+        return None
+
+
+class CustomOptimizer(Manual):
+    """Sharpness-aware minimisation: two backward passes, weights changed by a method of the optimizer in between."""
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        self.manual_backward(self.loss(batch))
+        optimizer.climb()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def configure_optimizers(self):
+        return Sharp(self.parameters(), 0.05)
+
+
+class Sharp(torch.optim.SGD):
+    @torch.no_grad()
+    def climb(self):
+        for p in self.param_groups[0]["params"]:
+            p.add_(0.01)
+            self.state[p]["climbed"] = self.state[p].get("climbed", 0) + 1
+
+
 class Validated(Module):
     def validation_step(self, batch, batch_idx):
         self.log("val_loss", self.loss(batch))
@@ -550,6 +660,16 @@ SCENARIOS: dict[str, Scenario] = {
     "torch.compile of a submodule": Scenario(Compiled),
     "torch.compile of a function": Scenario(CompiledFunction),
     "torch.compile of the whole module": Scenario(Quiet, fit=whole_module_compiled),
+    "manual optimisation, toggled": Scenario(Gan),
+    "manual optimisation, untoggled": Scenario(GanUntoggled),
+    "manual optimisation, closures": Scenario(WithClosures),
+    "manual optimisation, accumulation, a scheduler": Scenario(Manual),
+    "manual optimisation, optimizers of its own": Scenario(HeldOptimizers),
+    "manual optimisation, two passes a step": Scenario(CustomOptimizer),
+    "manual optimisation, precision 16-mixed": Scenario(
+        Gan,
+        plugins=lambda: [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))],
+    ),
     "manual optimisation, generator": Scenario(
         Gan, confusion={"loss_fn": lambda module, batch: module.generator_loss(batch), "parameters": "net.*"}
     ),
@@ -768,7 +888,6 @@ class TakesTheIterator(Module):
 REFUSED = {
     "iterator on the module": (Scenario(HoldsIterator), r"HoldsIterator\.factors is an iterator"),
     "statistics of a single sample": (Scenario(BatchStatistics), "Expected more than 1 value per channel"),
-    "manual optimisation": (Scenario(Gan), "pass loss_fn="),
     "dataloader_iter": (Scenario(TakesTheIterator), "takes a dataloader_iter"),
     "barebones": (
         Scenario(

@@ -60,11 +60,13 @@ class Source:
             self._recent = deque(maxlen=int(min(self._num_units, per_epoch)))
         self._recent.extend(found)
 
-    def ready(self) -> bool:
-        """Whether there are as many units as there can be, which decides how many all measurements have."""
-        if self._kind != "current" or not self._over_batches:
+    def ready(self, n: int | None) -> bool:
+        """Whether there are n units; before n is known, as many as there can be, which then decides on n."""
+        if self._kind != "current" or self._error is not None:
             return True
-        return self._error is not None or len(self._recent) == self._recent.maxlen
+        if n is not None:
+            return len(self._recent) >= n
+        return not self._over_batches or len(self._recent) == self._recent.maxlen
 
     def units(self, trainer: Trainer, module: LightningModule, wanted: int, step: int) -> list[Unit]:
         """Return the units of this rank to be measured at a step: ``wanted``, or all that there are."""

@@ -10,6 +10,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from lightning_gradconf.batches.units import copy_of
+from lightning_gradconf.gram.module_state import rewinder
 from lightning_gradconf.gram.objective import Objective, as_rows, empty_rows, run_backward
 
 
@@ -20,15 +21,16 @@ def unit_gradients(objective: Objective, units: Sequence[Any]) -> dict[str, Tens
 
 def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
     """Return `unit_gradients` as a function of the units alone, for calls that share the copies of the module."""
-    state = {name: p.detach().clone().requires_grad_() for name, p in objective.parameters.items()}
-    state |= {name: t.detach().clone() for name, t in objective.constants.items()}
+    state = objective.copies()
     versions = {name: t._version for name, t in state.items()}
     leaves = {name: state[name] for name in objective.parameters}
+    rewind = rewinder(objective.module)
 
     def gradients(units: Sequence[Any]) -> dict[str, Tensor]:
         rows: dict[str, Tensor] = {}
         for i, unit in enumerate(units):
             found = objective.at(state, copy_of(unit), lambda loss: _differentiate(objective, loss, leaves))
+            rewind()
             _refresh(objective, state, versions)
             for name, leaf in leaves.items():
                 gradient = found.pop(name)
@@ -45,22 +47,21 @@ def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, 
 
 
 def _differentiate(objective: Objective, loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """The gradient of the loss for each leaf, None where it does not depend on it.
+    """Return the gradient of the loss for each leaf, None where it does not depend on it.
 
     A loss may also reach the module's own parameters, through a list in which it or the user keeps them.
     """
-    own = {name: p for name, p in objective.parameters.items() if p.requires_grad}  # a forward pass may freeze some
-    try:
-        gradients = run_backward(loss, (*leaves.values(), *own.values()), keep_graph=True)
-    except RuntimeError as error:
-        if "use_reentrant" not in str(error):
-            raise
+    if _has_custom_node(loss):
+        # A Function may run a backward pass of its own, as checkpoints with reentry do. What that finds is put into
+        # `grad`, and is no gradient of the loss for who asks for the gradients of some leaves.
         return _differentiate_everything(objective, loss, leaves)
-    found, more = gradients[: len(leaves)], dict(zip(own, gradients[len(leaves) :], strict=True))
-    if any(gradient is None for gradient in found) and _has_custom_node(loss):
-        # A reentrant checkpoint keeps quiet about the parameters inside it unless everything is differentiated.
-        return _differentiate_everything(objective, loss, leaves)
-    return {name: _sum(gradient, more.get(name)) for name, gradient in zip(leaves, found, strict=True)}
+    # A forward pass may freeze some of either.
+    own = {name: p for name, p in objective.parameters.items() if p.requires_grad}
+    live = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    gradients = run_backward(loss, (*live.values(), *own.values()), keep_graph=True)
+    found = dict(zip(live, gradients[: len(live)], strict=True))
+    more = dict(zip(own, gradients[len(live) :], strict=True))
+    return {name: _sum(found.get(name), more.get(name)) for name in leaves}
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -108,3 +109,5 @@ def _refresh(objective: Objective, state: dict[str, Tensor], versions: dict[str,
         if copy._version != versions[name] or not isinstance(originals[name], nn.Parameter):
             copy.data.copy_(originals[name])
             versions[name] = copy._version
+        if not copy.requires_grad and name in objective.parameters:
+            copy.requires_grad_()  # user's code may have frozen it

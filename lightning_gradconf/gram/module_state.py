@@ -2,7 +2,7 @@
 
 Engines run on copies of the parameters and buffers, so their values are remembered only where something else can reach
 them. The rest is Python state: counters, lists of outputs, the states of metrics, tensors that are no buffers, random
-generators, ``training`` flags.
+generators, ``training`` flags. `untouched` puts it back after a measurement, `rewinder` between two of its units.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import sysconfig
 import warnings
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
+from operator import is_
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,8 @@ _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, type, tor
 _NOT_FOLLOWED = frozenset({"_trainer", "_fabric"})
 # Longer lists hold the data themselves.
 _MOST_TRANSFORMS = 100
+# What every module keeps for itself: its hooks, mostly empty.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 @contextmanager
@@ -45,12 +48,12 @@ def untouched(module: nn.Module, *others: Any, data: Iterable[Any] = (), tensors
     Raises:
         RuntimeError: The module holds an iterator, which cannot be turned back.
     """
-    with ExitStack() as stack:  # last in, first out, and all of it whatever fails
+    with ExitStack() as stack:  # all of it is put back, whatever fails
         for restore, state in random_states():
             stack.callback(restore, state)
         for p in module.parameters():
             stack.callback(_restore_leaf, p, p.grad, p.requires_grad)
-        memory = _Memory(stack, module)
+        memory = _Memory(module)
         own = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
         if tensors:
             for tensor in own.values():
@@ -61,7 +64,40 @@ def untouched(module: nn.Module, *others: Any, data: Iterable[Any] = (), tensors
             memory.remember(other, "")
         for part in data:
             memory.remember_attributes(part)
+        for put_back in (*memory.values, *memory.containers, *memory.generators):
+            stack.callback(put_back)
         yield
+
+
+def rewinder(module: nn.Module) -> Callable[[], None]:
+    """Return a function that puts the Python state of ``module`` back to what it is now.
+
+    Call it after each unit, outside of `functional_call`, so that the next one starts from the same counters, lists and
+    cache keys. Random generators go on: the random numbers of a unit are its own. The first call compares everything.
+    Later calls compare containers by what is in them and tensors by their version; values that change without a version
+    (arrays, what native BatchNorm writes) are put back where the first call found a change.
+
+    Raises:
+        RuntimeError: The module holds an iterator, which cannot be turned back.
+    """
+    memory = _Memory(module)
+    memory.remember(module, type(module).__name__)
+    values = memory.values
+
+    def rewind() -> None:
+        nonlocal values
+        values = [put_back for put_back in values if put_back()]
+        for put_back in memory.containers:
+            put_back()
+
+    return rewind
+
+
+def reachable(module: nn.Module) -> Iterable[Any]:
+    """Return the objects that Python state of ``module`` leads to: submodules, containers and what is in them."""
+    memory = _Memory(module)
+    memory.remember(module, type(module).__name__)
+    return memory.seen.values()
 
 
 @contextmanager
@@ -94,18 +130,20 @@ def random_states() -> list[tuple[Callable[[Any], Any], Any]]:
     return states
 
 
-def _restore_leaf(tensor: Tensor, grad: Tensor | None, requires_grad: bool) -> None:
-    if tensor.requires_grad != requires_grad:
-        tensor.requires_grad_(requires_grad)
-    if tensor.grad is not grad:
-        tensor.grad = grad
-
-
 class _Memory:
-    """Walks Python state once, object by object, and schedules how each one is put back."""
+    """Walks Python state once, object by object, and keeps how each one is put back.
 
-    def __init__(self, stack: ExitStack, module: nn.Module) -> None:
-        self.stack = stack
+    Attributes:
+        containers: Put a container or a tensor back if it shows, at little cost, that it was written to. Each returns
+            whether it was.
+        values: The same by comparing values, and for what hardly any forward pass writes to.
+        generators: Put random generators back.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.containers: list[Callable[[], bool]] = []
+        self.values: list[Callable[[], bool]] = []
+        self.generators: list[Callable[[], Any]] = []
         # Kept, so that no new object can take over an address seen before.
         self.seen: dict[int, Any] = {}
         # Engines put copies in the place of the tensors registered here, but not of those in a list of the user's.
@@ -113,7 +151,7 @@ class _Memory:
         self.home = type(module).__module__.partition(".")[0]
 
     def remember(self, value: Any, path: str) -> None:
-        """Schedule the restoration of ``value`` and of what it holds."""
+        """Keep how to put back ``value`` and of what it holds."""
         if type(value) in _ATOMS or id(value) in self.seen or isinstance(value, DataLoader):
             return
         if isinstance(value, Dataset):
@@ -122,28 +160,23 @@ class _Memory:
         if isinstance(value, Tensor):
             self._remember_tensor(value, path)
         elif isinstance(value, nn.Module):
-            tensors = ("_parameters", "_buffers") if id(value) in self.swapped else ()
-            for name in tensors:
-                entries = vars(value)[name]
-                self.seen[id(entries)] = entries
-                self.stack.callback(restore_mapping, entries, list(entries.items()))
-            self.remember(vars(value), path)
+            self._remember_module(value, path)
         elif isinstance(value, MutableMapping):
-            self.stack.callback(restore_mapping, value, list(value.items()))
+            self.containers.append(partial(restore_mapping, value, dict(value)))
             for key, entry in value.items():
                 if key not in _NOT_FOLLOWED:
                     self.remember(entry, f"{path}.{key}")
         elif isinstance(value, list | deque):
-            self.stack.callback(_restore_sequence, value, list(value))
+            self.containers.append(partial(_restore_sequence, value, list(value)))
             self._remember_all(value, path)
         elif isinstance(value, set):
-            self.stack.callback(_restore_set, value, set(value))
+            self.containers.append(partial(_restore_set, value, set(value)))
         elif isinstance(value, tuple):
             self._remember_all(value, path)
         elif (numpy := sys.modules.get("numpy")) is not None and isinstance(value, numpy.ndarray):
             if value.flags.writeable:  # or else, as a file mapped into memory, it may be large
-                self.stack.callback(_restore_array, value, value.copy())
-        elif _remember_generator(self.stack, value):
+                self.values.append(partial(_restore_array, value, value.copy()))
+        elif self._remember_generator(value):
             pass
         elif isinstance(value, Iterator):
             raise RuntimeError(
@@ -154,8 +187,8 @@ class _Memory:
             self.remember(vars(value), path)
 
     def remember_data(self, value: Any) -> None:
-        """Schedule the restoration of what data are read from, without what is in them."""
-        if type(value) in _ATOMS or id(value) in self.seen or _remember_generator(self.stack, value):
+        """Keep how to put back what data are read from, without what is in them."""
+        if type(value) in _ATOMS or id(value) in self.seen or self._remember_generator(value):
             return
         self.seen[id(value)] = value
         if isinstance(value, list | tuple):
@@ -165,9 +198,9 @@ class _Memory:
             self.remember_attributes(value)
 
     def remember_attributes(self, value: Any) -> None:
-        """Schedule the restoration of the attributes of what data are read from."""
+        """Keep how to put back the attributes of what data are read from."""
         self.seen[id(value)] = value
-        self.stack.callback(restore_mapping, vars(value), list(vars(value).items()))
+        self.containers.append(partial(restore_mapping, vars(value), dict(vars(value))))
         for name, entry in vars(value).items():
             if name not in _NOT_FOLLOWED:
                 self.remember_data(entry)
@@ -179,10 +212,28 @@ class _Memory:
         module = type(value).__module__
         return module.partition(".")[0] == self.home or not _is_installed(module)
 
+    def _remember_module(self, module: nn.Module, path: str) -> None:
+        """Keep how to put a module back; layers of torch.nn write to nothing but their buffers."""
+        attributes = vars(module)
+        self.seen[id(attributes)] = attributes
+        watched = self.values if type(module).__module__.startswith("torch.nn.") else self.containers
+        watched.append(partial(restore_mapping, attributes, dict(attributes)))
+        tensors = ("_parameters", "_buffers") if id(module) in self.swapped else ()
+        for name, entry in attributes.items():
+            empty = name in _OF_EVERY_MODULE and not entry
+            if name in tensors or (empty and isinstance(entry, dict)):
+                self.seen[id(entry)] = entry
+                (self.values if empty else watched).append(partial(restore_mapping, entry, dict(entry)))
+            elif name not in _NOT_FOLLOWED:
+                self.remember(entry, f"{path}.{name}")
+
     def _remember_tensor(self, tensor: Tensor, path: str) -> None:
-        self.stack.callback(_restore_tensor, tensor, tensor.detach().clone())
+        saved = tensor.detach().clone()
+        self.values.append(partial(_restore_tensor, tensor, saved))
+        if not tensor.is_inference():
+            self.containers.append(partial(_restore_written, tensor, saved, tensor._version))
         if tensor.is_leaf:
-            self.stack.callback(_restore_leaf, tensor, tensor.grad, tensor.requires_grad)
+            self.containers.append(partial(_restore_leaf, tensor, tensor.grad, tensor.requires_grad))
             self.remember(tensor.grad, path)
 
     def _remember_all(self, values: Any, path: str) -> None:
@@ -190,21 +241,20 @@ class _Memory:
             if type(entry) not in _ATOMS:
                 self.remember(entry, f"{path}[{i}]")
 
-
-def _remember_generator(stack: ExitStack, value: Any) -> bool:
-    """Schedule the restoration of a random generator; False if ``value`` is none."""
-    numpy = sys.modules.get("numpy")
-    if isinstance(value, torch.Generator):
-        stack.callback(value.set_state, value.get_state())
-    elif isinstance(value, random.Random):
-        stack.callback(value.setstate, value.getstate())
-    elif numpy is not None and isinstance(value, numpy.random.Generator):
-        stack.callback(setattr, value.bit_generator, "state", value.bit_generator.state)
-    elif numpy is not None and isinstance(value, numpy.random.RandomState):
-        stack.callback(value.set_state, value.get_state())
-    else:
-        return False
-    return True
+    def _remember_generator(self, value: Any) -> bool:
+        """Keep how a random generator is put back; False if ``value`` is none."""
+        numpy = sys.modules.get("numpy")
+        if isinstance(value, torch.Generator):
+            self.generators.append(partial(value.set_state, value.get_state()))
+        elif isinstance(value, random.Random):
+            self.generators.append(partial(value.setstate, value.getstate()))
+        elif numpy is not None and isinstance(value, numpy.random.Generator):
+            self.generators.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
+        elif numpy is not None and isinstance(value, numpy.random.RandomState):
+            self.generators.append(partial(value.set_state, value.get_state()))
+        else:
+            return False
+        return True
 
 
 @lru_cache(maxsize=1024)
@@ -220,38 +270,63 @@ def _is_installed(module: str) -> bool:
     )
 
 
-def _restore_tensor(tensor: Tensor, saved: Tensor) -> None:
+def _restore_leaf(tensor: Tensor, grad: Tensor | None, requires_grad: bool) -> bool:
+    changed = tensor.requires_grad != requires_grad or tensor.grad is not grad
+    if tensor.requires_grad != requires_grad:
+        tensor.requires_grad_(requires_grad)
+    if tensor.grad is not grad:
+        tensor.grad = grad
+    return changed
+
+
+def _restore_tensor(tensor: Tensor, saved: Tensor) -> bool:
     if tensor.shape != saved.shape:
-        tensor.data = saved
+        tensor.data = saved.clone()
     elif tensor.layout is not torch.strided or not torch.equal(tensor.detach(), saved):
         tensor.data.copy_(saved)  # `.data`: no graph, and no new version of the tensor
+    else:
+        return False
+    return True
 
 
-def _restore_array(array: Any, saved: Any) -> None:
-    array[...] = saved
+def _restore_written(tensor: Tensor, saved: Tensor, version: int) -> bool:
+    return tensor._version != version and _restore_tensor(tensor, saved)
 
 
-def restore_mapping(mapping: MutableMapping[Any, Any], saved: list[tuple[Any, Any]]) -> None:
-    """Put the keys and values of ``mapping`` back, in their order."""
-    if _same(mapping.items(), saved, lambda a, b: a[0] is b[0] and a[1] is b[1]):
-        return
-    if not _same(mapping, saved, lambda key, entry: key is entry[0]):
+def _restore_array(array: Any, saved: Any) -> bool:
+    changed: bool = array.tobytes() != saved.tobytes()
+    if changed:
+        array[...] = saved
+    return changed
+
+
+def restore_mapping(mapping: MutableMapping[Any, Any], saved: dict[Any, Any]) -> bool:
+    """Put the keys and values of ``mapping`` back, in their order, and return whether any had changed."""
+    if _same(mapping.values(), saved.values()) and _same(mapping, saved):
+        return False
+    if not _same(mapping, saved):
         mapping.clear()
-    for key, value in saved:  # a Counter understands `update` differently
+    for key, value in saved.items():  # a Counter understands `update` differently
         mapping[key] = value
+    return True
 
 
-def _restore_sequence(sequence: Any, saved: list[Any]) -> None:
-    if not _same(sequence, saved, lambda a, b: a is b):
-        sequence.clear()
-        sequence.extend(saved)
+def _restore_sequence(sequence: Any, saved: list[Any]) -> bool:
+    if _same(sequence, saved):
+        return False
+    sequence.clear()
+    sequence.extend(saved)
+    return True
 
 
-def _restore_set(values: set[Any], saved: set[Any]) -> None:
+def _restore_set(values: set[Any], saved: set[Any]) -> bool:
+    if values == saved:
+        return False
     values.clear()
     values.update(saved)
+    return True
 
 
-def _same(now: Any, saved: list[Any], equal: Callable[[Any, Any], bool]) -> bool:
+def _same(now: Collection[Any], saved: Collection[Any]) -> bool:
     """Whether nothing changed, so that what was not touched is not written to either."""
-    return len(now) == len(saved) and all(map(equal, now, saved))
+    return len(now) == len(saved) and all(map(is_, now, saved))

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lightning_gradconf.reports.saved_runs import accuracy_keys, loss_keys
-
 Layout = dict[str, dict[str, list[str | list[str]]]]
 _BAND = {"mean": None, "p05": 0.05, "p95": 0.95}  # as a margin chart wants them: value, lower, upper
+# An event file begins with its version, which takes less than this; a page takes more.
+_BYTES_OF_VERSION = 100
 
 
-def charts(prefix: str, logged: Sequence[str]) -> Layout:
+def charts(prefix: str) -> Layout:
     """Return the charts of one callback, in the form of ``SummaryWriter.add_custom_scalars``.
 
-    Args:
-        prefix: That of the callback.
-        logged: Keys that the module logs; losses and accuracies are told by their names.
+    Tags are patterns, which TensorBoard matches from their beginning. Losses and accuracies are found by their names,
+    one of ``_step`` and ``_epoch`` twins, and whenever they are logged first.
 
-    >>> charts("confusion", ["train_loss", "val_acc", "lr"])["confusion"]["with loss and accuracy"]
-    ['Multiline', ['confusion/min_cosine$', 'train_loss$', 'val_acc$']]
+    >>> charts("confusion")["confusion"]["with loss and accuracy"][1]
+    ['confusion/([^/]+/)?min_cosine$', '(?i)(?!confusion/|.*_epoch$).*loss', '(?i)(?!confusion/|.*_epoch$).*acc']
     """
-    keys = [f"{prefix}/min_cosine", *loss_keys(logged), *accuracy_keys(logged)]
+    ours = f"{re.escape(prefix)}/"
+    named = [f"(?i)(?!{ours}|.*_epoch$).*{part}" for part in ("loss", "acc")]
     return {
         prefix: {
-            "with loss and accuracy": ["Multiline", [f"{re.escape(key)}$" for key in keys]],
+            "with loss and accuracy": ["Multiline", [f"{ours}([^/]+/)?min_cosine$", *named]],
             "cosines, 5 % to 95 %": ["Margin", [f"{prefix}/cosines/{name}" for name in _BAND]],
         }
     }
@@ -42,25 +42,20 @@ def add_band(experiment: Any, prefix: str, cosines: Tensor, step: int) -> None:
         experiment.add_scalar(f"{prefix}/cosines/{name}", float(value), step)
 
 
-def add_layout(experiment: Any, layouts: Sequence[Layout]) -> None:
-    """Write the page of a run, unless the user has one already: of several, TensorBoard shows the last."""
-    ours = {category: named for layout in layouts for category, named in layout.items()}
-    if _categories(experiment) <= ours.keys():
-        experiment.add_custom_scalars(ours)
+def add_page(experiment: Any, prefixes: Iterable[str]) -> None:
+    """Write the page of a run as the first thing in its event file, for the callbacks with these prefixes.
+
+    TensorBoard shows the last page of a run, so that one written later by the user is shown instead. Where something
+    is in the file already, it may be a page of the user's, and none is written.
+    """
+    page = {title: named for prefix in prefixes for title, named in charts(prefix).items()}
+    if page and _is_empty(experiment):
+        experiment.add_custom_scalars(page)
 
 
-def _categories(experiment: Any) -> set[str]:
-    """The headings of the page that was written last."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.plugins.custom_scalar import layout_pb2, metadata
-
-    folder = Path(experiment.log_dir)
-    if not folder.is_dir():  # a bucket, for example, which would take long to read
-        return set()
+def _is_empty(experiment: Any) -> bool:
+    """Return whether nothing was written to an event file; one that is not on this machine is taken to be new."""
     experiment.flush()
-    events = EventAccumulator(str(folder), size_guidance={"tensors": 1})
-    events.Reload()
-    if metadata.CONFIG_SUMMARY_TAG not in events.Tags()["tensors"]:
-        return set()
-    content = events.Tensors(metadata.CONFIG_SUMMARY_TAG)[-1].tensor_proto.string_val[0]
-    return {category.title for category in layout_pb2.Layout.FromString(content).category}
+    files = Path(experiment.log_dir).glob("events.out.tfevents.*")
+    newest = max((file.stat() for file in files), key=lambda stat: stat.st_mtime_ns, default=None)
+    return newest is None or newest.st_size < _BYTES_OF_VERSION

@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
+_BINS = 40
 _KINDS = ("TensorBoardLogger", "WandbLogger", "MLFlowLogger", "CSVLogger")
 
 
@@ -27,8 +29,10 @@ def kind(logger: Any) -> str | None:
     return next((name for name in _KINDS if name in names), None)
 
 
-def log_numbers(logger: Any, numbers: Mapping[str, float], step: int) -> None:
-    """Log numbers by their keys at a step."""
+def log_numbers(logger: Any, numbers: Mapping[str, float], step: int, epoch: int) -> None:
+    """Log numbers by their keys at a step; rows carry the epoch as Lightning's own do."""
+    if kind(logger) != "TensorBoardLogger":  # has no rows, but a curve of each number
+        numbers = {**numbers, "epoch": epoch}
     if kind(logger) == "MLFlowLogger":  # keeps keys as files, and cosines/layer cannot be one in a file cosines
         parents = [key for key in numbers if any(other.startswith(f"{key}/") for other in numbers)]
         for parent in parents:
@@ -36,15 +40,19 @@ def log_numbers(logger: Any, numbers: Mapping[str, float], step: int) -> None:
     logger.log_metrics(metrics=dict(numbers), step=step)
 
 
-def show_histogram(logger: Any, tag: str, values: Tensor, step: int) -> None:
-    """Show the distribution of ``values`` ``(m,)`` at a step, in TensorBoard and Weights & Biases."""
+def show_cosines(logger: Any, tag: str, cosines: Tensor, step: int) -> None:
+    """Show the distribution of cosines ``(m,)`` at a step, in TensorBoard and Weights & Biases."""
+    # TensorBoard's own bins are made for weights: 1500 of them, most of them close to 0.
+    edges = torch.linspace(-1, 1, _BINS + 1)
     match kind(logger):
         case "TensorBoardLogger":
-            logger.experiment.add_histogram(tag, values, step)
+            logger.experiment.add_histogram(tag, cosines, step, bins=edges.tolist())
         case "WandbLogger":
             import wandb
 
-            logger.log_metrics({tag: wandb.Histogram(values.tolist())}, step=step)
+            counts = torch.histc(cosines.float(), _BINS, -1, 1)
+            histogram = wandb.Histogram(np_histogram=(counts.int().numpy(), edges.numpy()))
+            logger.log_metrics({tag: histogram}, step=step)
 
 
 def show_figure(logger: Any, tag: str, figure: Figure, step: int) -> None:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_gradconf import plots
 from lightning_gradconf.batches.draws import Origin
 from lightning_gradconf.reports.custom_scalars import add_band
-from lightning_gradconf.reports.loggers import kind, show_figure, show_histogram, show_table
+from lightning_gradconf.reports.loggers import kind, show_cosines, show_figure, show_table
 from lightning_gradconf.statistics import cosine_matrix, gradient_statistics, min_cosine, pairwise_cosines
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ class Measurement:
         origins: Where the n units come from, if that is to be told.
         labels: Their classes ``(n,)``, where known.
         units: The units themselves, where all are at hand and there is something to be shown of them.
+        engine: The engine that computed the Grams.
+        seconds: The time it took.
+        name: What tells the loss from the others of a step, empty if there are none; a part of the keys.
     """
 
     grams: dict[str, Tensor]
@@ -44,6 +47,9 @@ class Measurement:
     origins: Sequence[Origin] = ()
     labels: Tensor | None = None
     units: Sequence[Any] = ()
+    engine: str = "loop"
+    seconds: float = 0.0
+    name: str = ""
 
     @cached_property
     def gram(self) -> Tensor:
@@ -87,13 +93,16 @@ class Report:
 
     def values(self, measured: Measurement) -> dict[str, float]:
         """Return the statistics of a measurement by their names."""
-        size, names = measured.unit_size, self.statistics
+        size = measured.unit_size
+        own = {"num_units": float(len(measured.gram)), "seconds": measured.seconds}
+        names = [name for name in self.statistics if name not in own]
         if measured.labels is None:  # units that span ranks have none
             names = [name for name in names if not name.endswith("class_cosine")]
         values = gradient_statistics(measured.gram, names, labels=measured.labels, unit_size=size or 1)
         if size is None and "noise_scale" in values:  # in samples, which cannot be counted here
             values["noise_scale"] = torch.tensor(math.nan)
-        return {name: float(value) for name, value in values.items()}
+        numbers = {name: float(value) for name, value in values.items()}
+        return numbers | {name: value for name, value in own.items() if name in self.statistics}
 
     def of_layers(self, measured: Measurement) -> dict[str, float]:
         """Return the lowest cosine of each submodule that is reported by itself, and keep it for the end."""
@@ -150,7 +159,7 @@ class Report:
         if not len(measured.cosines):
             return
         if self.histogram:
-            show_histogram(logger, f"{self.prefix}/cosines", measured.cosines, measured.step)
+            show_cosines(logger, f"{self.prefix}/cosines", measured.cosines, measured.step)
             if kind(logger) == "TensorBoardLogger":
                 add_band(logger.experiment, self.prefix, measured.cosines, measured.step)
         for name, figure in figures.items():

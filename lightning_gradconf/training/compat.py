@@ -1,18 +1,21 @@
-"""What the two names of Lightning, ``lightning.pytorch`` and ``pytorch_lightning``, have in common here.
+"""Everything of Lightning that is private or differs between its two names.
 
-They are copies of each other whose classes do not know one another: a Trainer or a LightningCLI of one accepts only
-callbacks that inherit from its own `Callback`.
+``lightning.pytorch`` and ``pytorch_lightning`` are copies of each other whose classes do not know one another. A
+Trainer or a LightningCLI of one accepts only callbacks that inherit from its own `Callback`.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 
 NAMESPACES = [
     import_module(name)
@@ -46,10 +49,54 @@ def lightning_modules(module: Any) -> list[Any]:
     return [part for part in module.modules() if isinstance(part, tuple(pl.LightningModule for pl in NAMESPACES))]
 
 
-def warn(message: str, all_ranks: bool = False) -> None:
-    """Warn on the first process only, or on the one that it happened on."""
-    message = f"GradientConfusionCallback: {message}"
-    if all_ranks:
-        warnings.warn(message, UserWarning, stacklevel=2)
-    else:
-        rank_zero_warn(message, category=UserWarning)
+def warn(message: str) -> None:
+    """Warn on the first process, for what all processes know."""
+    rank_zero_warn(f"GradientConfusionCallback: {message}", category=UserWarning)
+
+
+def warn_here(message: str) -> None:
+    """Warn on this process, for what it alone may know."""
+    warnings.warn(f"GradientConfusionCallback: {message}", UserWarning, stacklevel=2)
+
+
+def logging_step(trainer: Trainer) -> int:
+    """Return the step that loggers write the batch in training at; ``global_step`` counts each optimizer by itself."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def completes_step(trainer: Trainer) -> bool:
+    """Return whether an optimizer step follows the batch in training, which is so at every one without accumulation."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+def only_refreshes_statistics(trainer: Trainer) -> bool:
+    """Return whether this is the extra epoch of StochasticWeightAveraging, which does not train."""
+    return bool(trainer.fit_loop._skip_backward)
+
+
+def stops_early(trainer: Trainer) -> bool:
+    """Return whether ``should_stop`` ends the epoch now; it waits for ``min_epochs`` and ``min_steps``."""
+    return bool(trainer.should_stop and trainer.fit_loop._can_stop_early)
+
+
+def add_metrics(trainer: Trainer, metrics: Mapping[str, Tensor], in_progress_bar: Iterable[str] = ()) -> None:
+    """Give ``callback_metrics`` and ``logged_metrics`` these values, and the progress bar some of them.
+
+    ``pl_module.log`` would repeat them at later steps or drop them between Lightning's own logging steps. The public
+    properties would compute the metrics of this epoch.
+    """
+    connector: Any = trainer._logger_connector
+    connector._callback_metrics.update(metrics)
+    connector._logged_metrics.update(metrics)
+    connector._progress_bar_metrics.update({key: metrics[key] for key in in_progress_bar})
+
+
+def inform(trainer: Trainer, message: str) -> None:
+    """Say something where Lightning says such things, on the first process."""
+    rank_zero = import_module(f"{namespace(trainer).__name__}.utilities.rank_zero")
+    rank_zero.rank_zero_info(f"GradientConfusionCallback: {message}")
+
+
+def collective_timeout(trainer: Trainer) -> timedelta | None:
+    """Return how long the strategy lets a process wait for the others; None is PyTorch's default."""
+    return getattr(trainer.strategy, "_timeout", None)

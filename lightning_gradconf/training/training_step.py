@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from hashlib import sha256
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from lightning_gradconf.batches.units import copy_of
+from lightning_gradconf.gram.measurement_mode import MeasurementMode
+from lightning_gradconf.gram.metric_answers import answered
 from lightning_gradconf.gram.module_state import random_states, restore_mapping, untouched, without_warnings
+from lightning_gradconf.gram.objective import Objective, objective
 from lightning_gradconf.gram.ranks import sharded
 from lightning_gradconf.training.compat import lightning_modules, namespace
+from lightning_gradconf.training.manual_optimization import ManualLoss, ManualOptimization
+from lightning_gradconf.training.silence import silent, without_logging
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-    StepLoss: TypeAlias = Callable[[LightningModule, Any], Tensor | None]
+    LossOfBatch: TypeAlias = Callable[[LightningModule, Any], Tensor | None]
 
 
 # Hooks of the module that a measurement calls, on the module itself and not on copies of its tensors.
@@ -30,7 +37,7 @@ _HOOKS = ("on_train_batch_start", "on_before_batch_transfer", "transfer_batch_to
 def no_trace(trainer: Trainer, module: LightningModule, *others: Any) -> Iterator[None]:
     """Within this context, nothing that a training step does reaches the run.
 
-    Logging is mute, the loggers are dummies, compiled code runs eagerly, and everything that a step changes in
+    Logging is mute, the loggers write nothing, compiled code runs eagerly, and everything that a step changes in
     Python, from the random state to the learning rate, is put back in the end.
 
     Args:
@@ -43,16 +50,17 @@ def no_trace(trainer: Trainer, module: LightningModule, *others: Any) -> Iterato
         schedulers = [vars(config.scheduler) for config in trainer.lr_scheduler_configs]
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         data = [] if datamodule is None else [datamodule]
-        hooks = any(_is_overridden(module, name) for name in _HOOKS)
-        stack.enter_context(untouched(module, *groups, *schedulers, *others, data=data, tensors=hooks))
+        # What a manually optimised step does to gradients by hand, it does to those of the module itself.
+        tensors = not module.automatic_optimization or any(_is_overridden(module, name) for name in _HOOKS)
+        stack.enter_context(untouched(module, *groups, *schedulers, *others, data=data, tensors=tensors))
         # Among its attributes are should_stop and the loggers, and what the user's code keeps there.
-        stack.callback(restore_mapping, vars(trainer), list(vars(trainer).items()))
-        dummy = import_module(f"{namespace(trainer).__name__}.loggers.logger").DummyLogger
-        trainer.loggers = [dummy() for _ in trainer.loggers]
+        stack.callback(restore_mapping, vars(trainer), dict(vars(trainer)))
+        trainer.loggers = [silent(logger) for logger in trainer.loggers]
         for part in lightning_modules(module):
             vars(part)["log"] = vars(part)["print"] = _ignore  # `untouched` removes them again; log_dict calls log
         # What the user's code says about single samples is no news, and must not use up what is said only once.
         stack.enter_context(without_warnings())
+        stack.enter_context(without_logging())
         stack.callback(torch.set_warn_always, torch.is_warn_always_enabled())
         torch.set_warn_always(True)
         stack.enter_context(torch.enable_grad())
@@ -66,32 +74,117 @@ def no_trace(trainer: Trainer, module: LightningModule, *others: Any) -> Iterato
         yield
 
 
-def step_loss(
-    trainer: Trainer, module: LightningModule, loss_fn: StepLoss | None, batch_idx: int, given: list[bool]
-) -> Callable[[LightningModule, Any], Tensor]:
-    """Return ``loss_fn``, or else the loss of ``training_step``, under the precision of the Trainer.
+class StepLoss:
+    """The loss of a batch, by ``loss_fn`` or else ``training_step``, in the precision of the Trainer.
 
-    A step that returns None, which tells Lightning to skip the batch, has a constant loss. Each call appends to
-    ``given`` whether it gave a loss.
+    A step that returns None, which tells Lightning to skip the batch, has a constant loss. The same object serves a
+    whole run, so that the engines may keep what they know of it.
+
+    Args:
+        trainer: The running Trainer.
+        loss_fn: ``(module, batch) -> loss``; None is ``training_step``.
+        manual: What runs a manually optimised ``training_step`` for its losses, if it is one.
+        call: The number of the backward pass whose loss this is, with ``manual``; None is the sum of all.
+
+    Attributes:
+        batch_idx: The index that ``training_step`` is given.
+        skipped: Whether no call has given a loss since this was last set to True.
+        losses: With ``manual`` and without ``call``, which losses the last call found.
     """
 
-    def training_step(module: LightningModule, batch: Any) -> Tensor | None:
-        signature = import_module(f"{namespace(trainer).__name__}.utilities.signature_utils")
+    def __init__(
+        self,
+        trainer: Trainer,
+        loss_fn: LossOfBatch | None,
+        manual: ManualOptimization | None = None,
+        call: int | None = None,
+    ) -> None:
+        self.trainer, self.loss_fn, self.manual, self.call = trainer, loss_fn, manual, call
+        self.batch_idx = 0
+        self.skipped = True
+        self.losses: list[ManualLoss] = []
+        self._of_calls: dict[int, StepLoss] = {}
+
+    def of_call(self, call: int) -> StepLoss:
+        """Return the loss of one backward pass of a manually optimised step."""
+        found = self._of_calls.setdefault(call, StepLoss(self.trainer, None, self.manual, call))
+        found.batch_idx, found.skipped = self.batch_idx, True
+        return found
+
+    def __call__(self, module: LightningModule, batch: Any) -> Tensor:
+        """Return the loss of ``batch``."""
+        with self.trainer.precision_plugin.train_step_context():
+            value = self._loss(module, batch)
+        if value is None:
+            return torch.zeros((), device=module.device, requires_grad=True)
+        self.skipped = False
+        return value
+
+    def _loss(self, module: LightningModule, batch: Any) -> Tensor | None:
+        if self.loss_fn is not None:
+            return self.loss_fn(module, batch)
+        step = partial(self._training_step, module, batch)
+        if self.manual is None:
+            return _loss_in(step())
+        if self.call is not None:
+            return self.manual.loss(step, self.call)
+        self.losses, losses = self.manual.losses(step)
+        return torch.stack([loss.reshape(()) for loss in losses]).sum() if losses else None
+
+    def _training_step(self, module: LightningModule, batch: Any) -> Any:
+        signature = import_module(f"{namespace(self.trainer).__name__}.utilities.signature_utils")
         takes_index = signature.is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-        output = module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
-        if not isinstance(output, Mapping):
-            return output
-        if "loss" not in output:
-            raise ValueError(f"training_step returned a mapping without 'loss', with the keys {sorted(output)}")
-        return output["loss"]  # type: ignore[no-any-return]
+        return module.training_step(batch, self.batch_idx) if takes_index else module.training_step(batch)
 
-    def loss(module: LightningModule, batch: Any) -> Tensor:
-        with trainer.precision_plugin.train_step_context():
-            value = (loss_fn or training_step)(module, batch)
-        given.append(value is not None)
-        return torch.zeros((), device=module.device, requires_grad=True) if value is None else value
 
-    return loss
+def _loss_in(output: Any) -> Tensor | None:
+    """The loss in what an automatically optimised ``training_step`` returns."""
+    if not isinstance(output, Mapping):
+        return output  # type: ignore[no-any-return]
+    if "loss" not in output:
+        raise ValueError(f"training_step returned a mapping without 'loss', with the keys {sorted(output)}")
+    return output["loss"]  # type: ignore[no-any-return]
+
+
+class StepObjective(NamedTuple):
+    """One of the losses of a step.
+
+    Attributes:
+        name: What tells it from the others; empty if there are none.
+        loss: The loss of a batch.
+        target: What the engines differentiate.
+    """
+
+    name: str
+    loss: StepLoss
+    target: Objective
+
+
+def objectives(
+    loss: StepLoss, module: LightningModule, parameters: str | Sequence[str] | None, unit: Any, layers: MeasurementMode
+) -> list[StepObjective]:
+    """Return what is measured of a step: its loss, or with manual optimization each of its losses.
+
+    The losses are those that the step has for ``unit``. Each is measured for the parameters, among those that match
+    ``parameters``, that its optimizers train; one without such parameters is left out.
+
+    Raises:
+        ValueError: No parameter matches.
+    """
+    target = objective(module, loss, parameters)
+    if loss.manual is None:
+        return [StepObjective("", loss, target)]
+    with untouched(module), layers, answered(target, unit) as measured:
+        measured.at(measured.copies(), copy_of(unit), lambda loss: None)
+    found = []
+    for one in loss.losses:
+        trained = loss.manual.parameters(one)
+        own = {name: p for name, p in target.parameters.items() if id(p) in trained}
+        if own:
+            constants = target.constants | {name: p for name, p in target.parameters.items() if name not in own}
+            of_call = loss.of_call(one.call)
+            found.append(StepObjective(one.name, of_call, Objective(module, of_call, own, constants)))
+    return found
 
 
 def prepare_step(module: LightningModule, batch: Any, batch_idx: int) -> bool:
@@ -126,7 +219,7 @@ def _digest(value: Any) -> bytes:
     return digest.digest()
 
 
-def reason_not_to_measure(trainer: Trainer, module: LightningModule, loss_fn: StepLoss | None) -> str | None:
+def reason_not_to_measure(trainer: Trainer, module: LightningModule, loss_fn: LossOfBatch | None) -> str | None:
     """Return why this run cannot be measured and what to do about it, None if it can."""
     if trainer.barebones:
         return "Trainer(barebones=True) switches logging off; measure in a run without it"
@@ -141,11 +234,6 @@ def reason_not_to_measure(trainer: Trainer, module: LightningModule, loss_fn: St
         )
     if loss_fn is None:
         signature = import_module(f"{namespace(trainer).__name__}.utilities.signature_utils")
-        if not module.automatic_optimization:
-            return (
-                "with manual optimization training_step takes optimizer steps, so it cannot be called to measure; "
-                "pass loss_fn=, a function (module, batch) -> loss of the batch"
-            )
         if signature.is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
             return "training_step takes a dataloader_iter, which cannot be shared; let it take (batch, batch_idx)"
     return None

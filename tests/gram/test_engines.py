@@ -1,4 +1,4 @@
-"""Every engine equals the plain loop of the zoo's oracle."""
+"""The factors that ranks exchange, and the contract of `gradient_gram` beside its numbers."""
 
 from __future__ import annotations
 
@@ -9,60 +9,36 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from zoo import GHOST_AT_ONE, NO_GHOST, NO_VMAP, ZOO, Model, cross_entropy, oracle
+from gram.oracle import as_measured, oracle
+from gram.zoo import SINGLE, ZOO, first
+from gram.zoo.engines import EXCEPTIONS, NOT_YET
+from gram.zoo.registry import Model, cross_entropy
 
 from lightning_gradconf import gradient_gram
 from lightning_gradconf.batches.units import split
+from lightning_gradconf.gram.findings import findings_of
 from lightning_gradconf.gram.ghost import engine as ghost
-from lightning_gradconf.gram.ghost.contraction import Workspace, gram_of_sum
-from lightning_gradconf.gram.ghost.memory import Memory
-from lightning_gradconf.gram.measurement_mode import MeasuredLayers
+from lightning_gradconf.gram.ghost.contraction import Workspace
+from lightning_gradconf.gram.ghost.factors import gram_of_sum
+from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.module_state import untouched
 from lightning_gradconf.gram.objective import objective
 from lightning_gradconf.gram.select import _say_once
 
-UNIT_SIZES = (1, 2, 3)
-
-
-def expected(name: str, unit_size: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
-    with monkeypatch.context() as patch:
-        dropout, attention = F.dropout, F.scaled_dot_product_attention
-        patch.setattr(F, "dropout", lambda x, *_, **__: dropout(x, 0.0))
-        patch.setattr(
-            F, "scaled_dot_product_attention", lambda q, k, v, m=None, p=0.0, *a, **kw: attention(q, k, v, m, 0.0, *a)
-        )
-        return oracle(*ZOO[name](), unit_size)
-
-
-@pytest.mark.parametrize("unit_size", UNIT_SIZES)
-@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost", "auto"])
-@pytest.mark.parametrize("name", ZOO)
-def test_engine_equals_the_plain_loop(name, engine, unit_size, monkeypatch):
-    module, loss_fn, batch = ZOO[name]()
-    if engine == "vmap" and name in NO_VMAP:
-        with pytest.raises(Exception):  # noqa: B017 - whatever torch.func raises
-            gradient_gram(module, loss_fn, batch, unit_size=unit_size, engine="vmap")
-        return
-    if engine == "ghost" and name in NO_GHOST - (GHOST_AT_ONE if unit_size == 1 else set()):
-        pytest.skip("may be refused; `auto` must be right")
-    want = expected(name, unit_size, monkeypatch)
-    got = gradient_gram(module, loss_fn, batch, unit_size=unit_size, engine=engine)
-    assert got.keys() == want.keys()
-    scale = sum(want.values()).diagonal().max().clamp_min(1e-300)  # a contrastive loss of one sample is constant
-    for key, gram in got.items():
-        torch.testing.assert_close(gram / scale, want[key].expand_as(gram) / scale, rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("unit_size", [1, 2])
-@pytest.mark.parametrize("name", [name for name in ZOO if name not in NO_GHOST])
-def test_factors_kept_by_ghost_make_the_gram_of_the_loop(name, unit_size, monkeypatch):
-    module, loss_fn, batch = ZOO[name]()
-    want = expected(name, unit_size, monkeypatch)
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in {*EXCEPTIONS, *NOT_YET, *SINGLE}])
+def test_factors_kept_by_ghost_make_the_gram_of_the_loop(name, unit_size):
+    case = ZOO[name]()
+    case.before(case.module, 0)
+    module, loss_fn, batch = case[0], case[1], case.batches[0]
+    with as_measured(unit_size):
+        want = oracle(module, loss_fn, batch, unit_size)
     scale = sum(want.values()).diagonal().max().clamp_min(1e-300)
-    target, units, memory = objective(module, loss_fn), split(batch, unit_size), Memory()
-    with MeasuredLayers(running_statistics=unit_size == 1, dropout=False), untouched(module):
-        for _ in range(2):  # calibrating, and on what was found out
-            factors = ghost.unit_factors(target, units, unit_size, memory)
+    target, units = objective(module, loss_fn), split(batch, unit_size)
+    mode, findings = MeasurementMode(running_statistics=unit_size == 1, dropout=False), findings_of(module, loss_fn)
+    for _ in range(3):  # two with a proof, and one without
+        with untouched(module):
+            factors = ghost.unit_factors(target, units, mode, findings)
             assert list(factors) == list(target.parameters), "in one order on all ranks"
             with torch.no_grad():
                 grams = {name: gram_of_sum(parts, Workspace()) for name, parts in factors.items()}
@@ -178,13 +154,18 @@ def test_nothing_to_train_is_refused():
 
 
 def test_falling_back_says_why_once(caplog):
-    module, loss_fn, batch = ZOO["data_dependent_branch"]()
+    def forward(self, x):
+        h = self.layer(x)
+        h.register_hook(lambda gradient: gradient.clamp(-0.3, 0.3))
+        return h * float(x.sum())
+
+    module, loss_fn, batch = Model(forward, layer=nn.Linear(4, 3)), cross_entropy, BATCH
     _say_once.cache_clear()
     with caplog.at_level(logging.INFO, "lightning_gradconf"):
         for _ in range(2):
             gradient_gram(module, loss_fn, batch)
     (record,) = caplog.records
-    assert "data-dependent control flow" in record.getMessage() and "engine='loop'" in record.getMessage()
+    assert "register_hook" in record.getMessage() and "engine='loop'" in record.getMessage()
 
 
 def test_an_error_of_the_users_is_raised_as_it_is_and_nothing_is_said(caplog):
@@ -213,7 +194,7 @@ def test_parameters_kept_in_a_list_are_found_or_it_is_said_that_they_are_not(eng
         return cross_entropy(module, batch) + sum(p.pow(3).sum() for p in module.held)
 
     batch = BATCH[0].double(), BATCH[1]
-    if engine in ("vmap", "ghost"):
+    if engine == "vmap" or (engine == "ghost" and kind is Freezes):
         with pytest.raises(RuntimeError, match=r"takes \w+ from somewhere else|requires_grad_"):
             gradient_gram(model, loss, batch, engine=engine)
         return

@@ -20,7 +20,7 @@ from torch import distributed as dist
 
 from lightning_gradconf.batches.units import copy_of
 from lightning_gradconf.gram.blockwise import Progress, Rows, blockwise, least, plan, repeatable
-from lightning_gradconf.gram.measurement_mode import MeasuredLayers
+from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.objective import Objective, as_rows, checked, empty_rows, run_backward, sizes
 from lightning_gradconf.gram.ranks.data_parallel import agreed_budget
 from lightning_gradconf.gram.ranks.process_group import Ranks
@@ -78,7 +78,7 @@ def gram_of_units(
     shards = sizes(_largest_shard(p) for p in target.parameters.values())
     made = plan(n, shards, agreed_budget(ranks, memory_budget, least(shards)), chunk_size=1)
     compute = repeatable(lambda some: _gradients(ranks, target, some), units, made)
-    with MeasuredLayers(running_statistics=unit_size == 1, dropout=dropout), _apart(target.module):
+    with MeasurementMode(running_statistics=unit_size == 1, dropout=dropout), _apart(target.module):
         grams = blockwise(n, lambda i, j: ranks.on_all(lambda: compute(i, j)), made, progress=progress)
     return ranks.add_up(grams)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import warnings
 from argparse import Namespace
@@ -18,7 +19,8 @@ from runs import Data, Meter, frozen
 from torch import nn
 
 import lightning_gradconf
-from lightning_gradconf.gram.module_state import _is_installed, untouched, without_warnings
+from lightning_gradconf import gradient_gram
+from lightning_gradconf.gram.module_state import _is_installed, rewinder, untouched, without_warnings
 
 
 class Trap(nn.Module):
@@ -125,6 +127,139 @@ def test_what_did_not_change_is_not_written_to():
     with untouched(trap):
         pass
     assert trap.tensor._version == version
+
+
+def test_python_state_is_put_back_between_units():
+    trap = Trap()
+
+    def seen():
+        values = {k: v for k, v in vars(trap).items() if k not in ("generators", "meter", "loop", "pairs", "_modules")}
+        values["hidden"] = [part.state_dict() for part in trap.hidden]
+        return frozen(values), vars(trap.meter).copy(), trap.pairs["a"], list(trap.pairs), trap.leaf.grad.tolist()
+
+    before, draws = seen(), trap.generators[3].getstate()
+    rewind = rewinder(trap)
+    for _ in range(3):
+        change_everything(trap)
+        assert seen() != before
+        rewind()
+        assert seen() == before
+    assert trap.generators[3].getstate() != draws, "each unit draws random numbers of its own"
+
+
+def test_what_only_a_later_unit_changes_is_put_back():
+    trap = Trap()
+    rewind = rewinder(trap)
+    rewind()  # after a unit that changed nothing
+    trap.number, trap.new = 5, 1
+    trap.items[1].append(3)
+    trap.tensor += 1
+    rewind()
+    assert trap.number == 1 and not hasattr(trap, "new") and trap.items == [1, [2]] and trap.tensor.tolist() == [1, 1]
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(5, 4, dtype=torch.float64)
+
+    def error(self, x):
+        return (self.net(x) - x[:, :4]).square().mean()
+
+
+class Counts(Base):
+    """Takes turns between two losses by a counter of its own."""
+
+    calls = 0
+
+    def loss(self, x):
+        self.calls += 1
+        return self.error(x) if self.calls % 2 else self.net(x).abs().sum()
+
+
+class Queue(Base):
+    """A memory of embeddings, with its position in Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.at = 0
+        self.register_buffer("memory", torch.zeros(16, 4, dtype=torch.float64))
+
+    def loss(self, x):
+        z = self.net(x)
+        self.memory[(self.at + torch.arange(len(z))) % 16] = z.detach()
+        self.at = (self.at + len(z)) % 16
+        return (z @ self.memory[: self.at or 16].T).square().mean() + self.error(x)
+
+
+class Cached(Base):
+    """A buffer made anew for another size of batch, with its key in Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.key = -1
+        self.register_buffer("cache", None, persistent=False)
+
+    def loss(self, x):
+        if len(x) != self.key:
+            self.cache, self.key = torch.full((len(x), 1), 1.0 / len(x), dtype=torch.float64), len(x)
+        return (self.net(x) * self.cache).square().sum()
+
+
+class Remembers(Base):
+    """Lists, dictionaries and tensors that are no buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.outputs, self.seen, self.scale = [], {}, torch.ones((), dtype=torch.float64)
+        self.hidden = [nn.Linear(1, 1, dtype=torch.float64)]
+
+    def loss(self, x):
+        self.outputs.append(len(x))
+        self.seen[len(self.seen)] = 1
+        self.scale.mul_(2)
+        with torch.no_grad():
+            self.hidden[0].bias.add_(1)
+        return self.error(x) * self.scale * len(self.outputs) * len(self.seen) + self.net(x).sum() * self.hidden[0].bias
+
+
+class Lowest(Base):
+    """Changes its state on some units only."""
+
+    lowest = 1.0
+
+    def loss(self, x):
+        self.lowest = min(self.lowest, float(x[0, 0]))
+        return self.error(x) * self.lowest
+
+
+class Freezes(Base):
+    """Freezes a parameter in its forward pass."""
+
+    def loss(self, x):
+        self.net.bias.requires_grad_(False)
+        return self.error(x)
+
+
+@pytest.mark.parametrize("unit_size", [1, 2])
+@pytest.mark.parametrize("kind", [Counts, Queue, Cached, Remembers, Lowest, Freezes])
+def test_each_unit_starts_from_the_same_state(kind, unit_size):
+    torch.manual_seed(0)
+    module, x = kind(), torch.randn(8, 5, dtype=torch.float64)
+    for _ in range(2):  # a step, so that the state is not that of the first one
+        module.loss(x)
+        module.requires_grad_()
+    rows = []
+    for unit in x.split(unit_size):
+        twin = copy.deepcopy(module)
+        twin.zero_grad()
+        twin.loss(unit).backward()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in twin.parameters()]
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    expected = torch.stack(rows) @ torch.stack(rows).T
+    for _ in range(2):
+        grams = gradient_gram(module, lambda module, x: module.loss(x), x, unit_size=unit_size, engine="loop")
+        torch.testing.assert_close(sum(grams.values()), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("where", ["attribute", "list"])

@@ -1,0 +1,196 @@
+"""Manual optimization: the losses are what `training_step` passes to `manual_backward`, and its optimizers do nothing.
+
+A manually optimised step computes a loss, takes a backward pass and an optimizer step, and perhaps does so again for
+another optimizer. While measuring, backward passes and all that optimizers and schedulers do are left out, so that the
+step can be run as often as it takes, and every loss is computed at the weights before the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.overrides import TorchFunctionMode
+
+from lightning_gradconf.gram.module_state import restore_mapping
+from lightning_gradconf.training.compat import lightning_modules
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+# What an optimizer may still be asked for; its `toggle_model` calls the module's `toggle_optimizer`.
+_READ_ONLY = frozenset({"state_dict", "toggle_model"})
+
+
+@dataclass(frozen=True)
+class ManualLoss:
+    """A loss of a manually optimised step.
+
+    Attributes:
+        call: The number of its backward pass in the step, from 0.
+        optimizers: The indices of the optimizers that it is for: the one that is toggled in that backward pass, or else
+            those that take a step before the next one.
+        name: What tells it from the other losses of the module, empty if there are none: the index of its optimizer if
+            it has one of its own, or else the number of its backward pass.
+    """
+
+    call: int
+    optimizers: frozenset[int]
+    name: str
+
+
+class ManualOptimization:
+    """Runs manually optimised steps for their losses alone.
+
+    Args:
+        trainer: The running Trainer.
+        module: Its LightningModule.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        self._trainer, self._module = trainer, module
+        wrapped = module.optimizers()
+        both = (wrapped if isinstance(wrapped, list) else [wrapped], trainer.optimizers)
+        self._optimizers = [(i, optimizer) for part in both for i, optimizer in enumerate(part)]
+        self._schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        self._run = _Run()
+        self._seen: dict[int, set[int]] = {}
+
+    @contextmanager
+    def inert(self) -> Iterator[None]:
+        """Within this context, backward passes, optimizers and schedulers do nothing.
+
+        The attributes that stand in for methods of the module stay: `untouched` removes them.
+        """
+        with ExitStack() as stack:
+            for part in lightning_modules(self._module):
+                attributes = vars(part)
+                attributes["manual_backward"] = lambda loss, *args, **kwargs: self._run.backward(loss)
+                attributes["toggle_optimizer"] = lambda optimizer: self._toggle(optimizer)
+                attributes["untoggle_optimizer"] = lambda optimizer: self._toggle(None)
+                attributes["clip_gradients"] = _do_nothing
+            kept = [value for part in lightning_modules(self._module) for value in vars(part).values()]
+            known = {id(optimizer) for _, optimizer in self._optimizers}
+            own = [(None, value) for value in kept if isinstance(value, Optimizer) and id(value) not in known]
+            for i, optimizer in (*self._optimizers, *own):
+                stack.callback(restore_mapping, vars(optimizer), dict(vars(optimizer)))
+                for name in dir(type(optimizer)):
+                    if name[:1] != "_" and name not in _READ_ONLY and callable(getattr(type(optimizer), name)):
+                        vars(optimizer)[name] = _do_nothing
+                vars(optimizer)["step"] = self._step(i)
+            for scaler in (value for value in kept if isinstance(value, GradScaler)):
+                stack.callback(restore_mapping, vars(scaler), dict(vars(scaler)))
+                vars(scaler).update(scale=lambda loss: loss, step=lambda optimizer: optimizer.step())
+                vars(scaler).update(unscale_=_do_nothing, update=_do_nothing)
+            for scheduler in (*self._schedulers, *(value for value in kept if isinstance(value, LRScheduler))):
+                stack.callback(restore_mapping, vars(scheduler), dict(vars(scheduler)))
+                vars(scheduler)["step"] = _do_nothing
+            yield
+
+    def losses(self, step: Callable[[], Any]) -> tuple[list[ManualLoss], list[Tensor]]:
+        """Run a step to its end, and return which losses it has, and the losses.
+
+        A loss that no optimizer step follows, as while gradients accumulate, is for those that followed it before, or
+        for the optimizer of its number if there are as many of both.
+        """
+        run = self._running(_Run(), step)
+        number = len(self._trainer.optimizers)
+        sets = []
+        for call, found in enumerate(run.optimizers):
+            in_order = {call} if len(run.losses) == number else set(range(number))
+            self._seen[call] = found or self._seen.get(call, set())
+            sets.append(frozenset(self._seen[call] or in_order))
+        alone = len(sets) == 1 and len(sets[0]) == number
+        one_each = all(len(indices) == 1 for indices in sets) and len(set(sets)) == len(sets)
+        names = [str(*indices) if one_each else str(call) for call, indices in enumerate(sets)]
+        return [ManualLoss(i, sets[i], "" if alone else names[i]) for i in range(len(sets))], run.losses
+
+    def parameters(self, loss: ManualLoss) -> set[int]:
+        """Return the identities of the parameters that the optimizers of a loss train: all, if the Trainer has none."""
+        optimizers = [self._trainer.optimizers[i] for i in loss.optimizers]
+        trained = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        every = {id(p) for p in self._module.parameters()}
+        return trained & every or every
+
+    def loss(self, step: Callable[[], Any], call: int) -> Tensor | None:
+        """Run a step up to a backward pass, and return the loss that it is taken for; None if it has fewer."""
+        run = self._running(_Run(last=call), step)
+        return run.losses[call] if len(run.losses) > call else None
+
+    def _running(self, run: _Run, step: Callable[[], Any]) -> _Run:
+        self._run = run
+        try:
+            with _Backward(run):
+                step()
+        except _Reached:
+            pass
+        return run
+
+    def _toggle(self, optimizer: Any) -> None:
+        self._run.toggled = next((i for i, known in self._optimizers if known is optimizer), None)
+
+    def _step(self, index: int | None) -> Callable[..., Any]:
+        def step(closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+            return self._run.step(index, closure)
+
+        return step
+
+
+class _Reached(BaseException):
+    """Ends a step at the loss that is wanted, also through an ``except Exception`` of the user's."""
+
+
+@dataclass
+class _Run:
+    """One run of a step: its losses so far, and the optimizers of each."""
+
+    last: int | None = None
+    toggled: int | None = None
+    losses: list[Tensor] = field(default_factory=list)
+    optimizers: list[set[int]] = field(default_factory=list)
+    waiting: list[set[int]] = field(default_factory=list)
+    stepped: bool = False
+
+    def backward(self, loss: Tensor) -> None:
+        """Stand in for a backward pass."""
+        self.losses.append(loss)
+        self.optimizers.append(set() if self.toggled is None else {self.toggled})
+        if self.stepped:
+            self.waiting, self.stepped = [], False
+        if self.toggled is None:
+            self.waiting.append(self.optimizers[-1])
+        if len(self.losses) - 1 == self.last:
+            raise _Reached
+
+    def step(self, optimizer: int | None, closure: Callable[[], Any] | None) -> Any:
+        """Stand in for an optimizer step, which may call a closure that takes the backward pass."""
+        result = None if closure is None else closure()
+        self.stepped = True
+        for optimizers in self.waiting:
+            optimizers |= set() if optimizer is None else {optimizer}
+        return result
+
+
+class _Backward(TorchFunctionMode):
+    """Within this context, ``loss.backward()`` is what `manual_backward` is."""
+
+    def __init__(self, run: _Run) -> None:
+        super().__init__()
+        self.run = run
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.backward:
+            return self.run.backward(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand in for what changes weights, gradients or learning rates."""

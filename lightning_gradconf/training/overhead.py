@@ -1,0 +1,84 @@
+"""The share of a run's time that measuring takes."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+import torch
+
+# An interval becomes shorter again only where that costs less than this part of what is allowed.
+_MARGIN = 0.5
+# The times of so many measurements are believed, or of fewer that took so many seconds.
+_ENOUGH, _ENOUGH_SECONDS = 4, 0.5
+
+
+class Overhead:
+    """The time that the measurements and the steps of a run take.
+
+    The first measurement does not count: it loads libraries and checks the engine.
+
+    Args:
+        device: Where the training runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._started = 0.0
+        self._finished = (0.0, 0)  # when the last measurement was reported, and at which step
+        self._first: tuple[float, int] | None = None  # the same of the first
+        self._count = 0
+        self._measuring = 0.0
+
+    def start(self) -> None:
+        """Begin to take the time of a measurement."""
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)  # steps that are still queued are not part of it
+        self._started = perf_counter()
+
+    def elapsed(self) -> float:
+        """Return the seconds since the measurement began."""
+        return perf_counter() - self._started
+
+    def finish(self, step: int) -> None:
+        """Count the measurement that began last and has been reported now."""
+        now = perf_counter()
+        if self._first is None:
+            self._first = now, step
+        else:
+            self._count += 1
+            self._measuring += now - self._started
+        self._finished = now, step
+
+    @property
+    def seconds_of_measurement(self) -> float:
+        """Mean time of a measurement and the report on it; 0 before there were two."""
+        return self._measuring / max(1, self._count)
+
+    @property
+    def seconds_of_step(self) -> float:
+        """Mean time of a step of the run, with all that belongs to it, such as loading data and validation."""
+        if self._first is None:
+            return 0.0
+        (began, first), (now, step) = self._first, self._finished
+        return (now - began - self._measuring) / max(1, step - first)
+
+    def share(self, interval: int) -> float:
+        """Return the part of the run's time that measuring takes at an interval in steps."""
+        measuring = self.seconds_of_measurement
+        return measuring / (measuring + interval * self.seconds_of_step) if measuring else 0.0
+
+    def stretch(self, interval: int, present: int, limit: float) -> int:
+        """Return the power of two to multiply an interval by, so that measuring takes at most ``limit`` of the time.
+
+        Args:
+            interval: The interval in steps.
+            present: What it is multiplied by now.
+            limit: A part of the run's time.
+        """
+        if self._count < _ENOUGH and self._measuring < _ENOUGH_SECONDS:
+            return present
+        while present > 1 and self.share(interval * present // 2) < _MARGIN * limit:
+            present //= 2
+        while self.share(interval * present) > limit:
+            present *= 2
+        return present

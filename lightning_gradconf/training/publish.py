@@ -1,0 +1,68 @@
+"""The way of a measurement to the Trainer and its loggers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_gradconf.gram.select import in_words
+from lightning_gradconf.reports.custom_scalars import add_page
+from lightning_gradconf.reports.loggers import kind, log_numbers
+from lightning_gradconf.reports.report import Measurement, Pair
+from lightning_gradconf.training.compat import add_metrics, warn_here
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+
+    from lightning_gradconf.training.session import Session
+
+
+def publish(session: Session, measurement: Measurement, statistics: dict[str, float], pairs: Sequence[Pair]) -> None:
+    """Give ``callback_metrics``, the progress bar and every logger what a measurement says."""
+    trainer, module, settings = session.trainer, session.module, session.settings
+    report = session.report_on(measurement.name)
+    prefix = report.prefix
+    metrics = {f"{prefix}/{name}": value for name, value in statistics.items()}
+    for layer, value in report.of_layers(measurement).items():
+        metrics[f"{prefix}/min_cosine/{layer}"] = value
+    if not bool(measurement.gram.isfinite().all()):
+        session.warn_once(
+            "a gradient is not finite; such measurements are logged as NaN.", f" First at step {measurement.step}."
+        )
+    in_bar = [key for key in (f"{prefix}/min_cosine",) if settings.prog_bar and key in metrics]
+    add_metrics(trainer, {key: torch.tensor(value, device=module.device) for key, value in metrics.items()}, in_bar)
+    loggers: list[Any] = trainer.loggers
+    for logger in loggers:
+        with session.logging():
+            log_numbers(logger, metrics, measurement.step, trainer.current_epoch)
+    if trainer.global_rank == 0:
+        figures = report.figures_of(measurement, pairs)
+        for logger in loggers:
+            with session.logging():
+                report.show(logger, measurement, figures, pairs)
+
+
+def publish_again(session: Session, statistics: dict[str, float]) -> None:
+    """Give callbacks that monitor a key the values from before a run was resumed, until there are new ones."""
+    values = {f"{session.settings.prefix}/{name}": torch.tensor(value) for name, value in statistics.items()}
+    add_metrics(session.trainer, {key: value.to(session.module.device) for key, value in values.items()})
+
+
+def conclude(session: Session) -> None:
+    """Report the run as a whole at its end."""
+    if session.schedule.last_step is not None:
+        for report in session.reports.values():
+            report.show_layers(session.trainer.loggers)
+
+
+def add_charts(trainer: Trainer, prefixes: Sequence[str]) -> None:
+    """Lay out TensorBoard's page of charts for the callbacks with these prefixes."""
+    loggers: list[Any] = trainer.loggers if trainer.global_rank == 0 else []
+    for logger in loggers:
+        if kind(logger) == "TensorBoardLogger":
+            try:
+                add_page(logger.experiment, prefixes)
+            except Exception as error:
+                warn_here(f"the page of charts could not be written: {in_words(error)}")

@@ -1,0 +1,290 @@
+"""What lives for one call of ``fit``, and how a measurement goes in it: units, their Gram, the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lightning_gradconf.batches import draws
+from lightning_gradconf.batches.sources import Source
+from lightning_gradconf.gram.ranks.process_group import Ranks, joined
+from lightning_gradconf.gram.ranks.sharded import is_sharded
+from lightning_gradconf.gram.select import in_words
+from lightning_gradconf.reports.report import Measurement, Report
+from lightning_gradconf.training.compat import (
+    collective_timeout,
+    inform,
+    logging_step,
+    only_refreshes_statistics,
+    warn,
+    warn_here,
+)
+from lightning_gradconf.training.manual_optimization import ManualOptimization
+from lightning_gradconf.training.measure import measured_now
+from lightning_gradconf.training.overhead import Overhead
+from lightning_gradconf.training.schedule import Schedule
+from lightning_gradconf.training.training_step import StepLoss, reason_not_to_measure
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+    from lightning_gradconf.callback import GradientConfusionCallback
+
+_MAX_FAILURES = 3
+# So many due steps in a row without enough samples are no longer one short batch at the end of an epoch.
+_MISSED = 2
+
+
+def reason_not_to_start(settings: GradientConfusionCallback, trainer: Trainer, module: LightningModule) -> str | None:
+    """Return why a run cannot be measured and what to do about it, None if it can."""
+    if (reason := reason_not_to_measure(trainer, module, settings.loss_fn)) is not None:
+        return reason
+    if any(settings.source is loader for loader in draws.training_loaders(trainer)):
+        return "source= is the training loader itself, whose order would change; use source='fresh'"
+    if settings.every_n_epochs is None and _interval(settings, trainer) == 0:
+        return "Trainer(log_every_n_steps=0) means never; pass every_n_train_steps= to measure"
+    return None
+
+
+def _interval(settings: GradientConfusionCallback, trainer: Trainer) -> int:
+    given, logged = settings.every_n_train_steps, int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
+    return logged if given is None else given
+
+
+class Session:
+    """The state of one run that is measured.
+
+    Args:
+        settings: The callback, whose arguments say what to measure.
+        trainer: The running Trainer.
+        module: Its LightningModule.
+        state: What `state_dict` returned in an earlier part of the run; empty for a run from the beginning.
+
+    Attributes:
+        active: Whether there is anything left to be measured.
+        n: How many units of this rank are compared, the same at all measurements; None before the first.
+        schedule: When to measure.
+        overhead: What measuring costs.
+        source: Where the units come from.
+        ranks: The processes that measure together.
+        sharded: Whether the module is sharded over the ranks, so that a unit spans all of them.
+        loss: The loss of a batch.
+        reports: What is reported of the measurements of each loss.
+        last_batch: The last batch that was trained on, its index and its step, where the end of an epoch needs it.
+    """
+
+    def __init__(
+        self, settings: GradientConfusionCallback, trainer: Trainer, module: LightningModule, state: Mapping[str, Any]
+    ) -> None:
+        self.settings, self.trainer, self.module = settings, trainer, module
+        self.active = True
+        self.n: int | None = None
+        self.schedule = Schedule(_interval(settings, trainer), settings.every_n_epochs)
+        self.overhead = Overhead(module.device)
+        self._load(state)
+        over_batches = settings.every_n_epochs is not None
+        self.source = Source(settings.source, settings.unit_size, settings.num_units, settings.seed, over_batches)
+        several = trainer.world_size > 1
+        self.ranks = joined(module.device, collective_timeout(trainer)) if several else Ranks(module.device)
+        manual = None if module.automatic_optimization or settings.loss_fn else ManualOptimization(trainer, module)
+        self.loss = StepLoss(trainer, settings.loss_fn, manual)
+        self.reports: dict[str, Report] = {}
+        self.last_batch: tuple[Any, int, int] | None = None
+        self.sharded = is_sharded(module)
+        self._failures = 0
+        self._said: set[str] = set()
+        if self.sharded and (settings.labels is not None or settings.top_pairs):
+            self.warn_once("labels= and top_pairs= say nothing in this run: with FSDP a unit spans all ranks.")
+
+    # ---- what a resumed run needs -----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what makes a resumed run go on at the steps, and with the n, of this one."""
+        return {
+            "n": self.n,
+            "num_units": self.settings.num_units,
+            "unit_size": self.settings.unit_size,
+            "owed": self.schedule.owed,
+            "stretch": self.schedule.stretch,
+            "last_measured": self.schedule.last_step,
+        }
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        units = ("num_units", "unit_size")
+        if any(state.get(name) != getattr(self.settings, name) for name in units):
+            return  # there is no state, or other units are compared from now on
+        self.n = state["n"]
+        self.schedule.owed, self.schedule.stretch = state["owed"], state["stretch"]
+        self.schedule.last_step = state["last_measured"]
+
+    # ---- when -------------------------------------------------------------------------------------------------------
+
+    def is_due(self, batch: Any, batch_idx: int) -> bool:
+        """Return whether to measure before the step of a batch, of which copies are kept where they are needed."""
+        if not self.active or only_refreshes_statistics(self.trainer):
+            return False
+        due = self.schedule.is_due(self.trainer)
+        self.source.see(self.trainer, batch, batch_idx, due)
+        if not due:
+            return False
+        if not self.ranks.minimum(self.source.ready(self.n)):
+            self._say_if_batches_became_smaller()
+            return False
+        return self._is_wanted()
+
+    def is_due_after(self, batch: Any, batch_idx: int) -> bool:
+        """Return whether to measure after the step of a batch, with which an epoch ends."""
+        if not self.active or self.settings.every_n_epochs is None or only_refreshes_statistics(self.trainer):
+            return False
+        step, ends = logging_step(self.trainer), self.schedule.is_due_after(self.trainer)
+        self.last_batch = None if ends else (batch, batch_idx, step)  # an end is measured once
+        return ends and step != self.schedule.last_step and self._is_wanted()
+
+    def is_due_at_end_of_epoch(self) -> bool:
+        """Return whether the end of an epoch is still to be measured, as it did not come with a batch."""
+        if not self.active or self.last_batch is None or not self.schedule.is_due_at_end_of_epoch(self.trainer):
+            return False
+        return self.last_batch[2] != self.schedule.last_step and self._is_wanted()
+
+    def _is_wanted(self) -> bool:
+        """Return whether ``should_measure`` agrees on all ranks; if not, the next due step asks again."""
+        try:
+            wanted = self.ranks.on_all(lambda: bool(self.settings.should_measure(self.trainer)))
+        except Exception as error:
+            self._count_failure(error)
+            return False
+        self.schedule.owed = bool(self.ranks.minimum(wanted))
+        return self.schedule.owed
+
+    # ---- a measurement ----------------------------------------------------------------------------------------------
+
+    def measure(self, batch: Any, batch_idx: int, step: int) -> list[Measurement]:
+        """Return what is measured now, one measurement for each loss of the step.
+
+        There is none if the module skips this batch, units are too few, or something failed.
+
+        Args:
+            batch: The batch in training, or the last one.
+            batch_idx: Its index.
+            step: The step that it is logged at.
+        """
+        self.overhead.start()
+        try:
+            measurements = measured_now(self, batch, batch_idx, step)
+        except Exception as error:
+            self._count_failure(error)
+            return []
+        if measurements:
+            self.schedule.done(step)
+            self._failures = 0
+        return [replace(measurement, seconds=self.overhead.elapsed()) for measurement in measurements]
+
+    def report_on(self, name: str) -> Report:
+        """Return what reports the measurements of a loss, by its name."""
+        if name not in self.reports:
+            given, prefix = self.settings, "/".join(filter(None, (self.settings.prefix, name)))
+            what = (given.statistics, given.per_layer, given.histogram, given.figures, given.top_pairs)
+            self.reports[name] = Report(*what, prefix)
+        return self.reports[name]
+
+    def reported(self, step: int) -> None:
+        """Take the time of a measurement that has been reported.
+
+        An interval that is ours to choose is stretched until measuring keeps to its share, as rank 0 sees it.
+        """
+        self.overhead.finish(step)
+        schedule, limit = self.schedule, self.settings.max_overhead
+        if limit is None or self.settings.every_n_train_steps is not None or self.settings.every_n_epochs is not None:
+            return
+        stretch = self.overhead.stretch(schedule.every_n_train_steps, schedule.stretch, limit)
+        (stretch, *_) = self.ranks.gather([stretch])
+        if stretch > schedule.stretch and "interval" not in self._said:
+            self._said.add("interval")
+            inform(
+                self.trainer,
+                f"a measurement takes {1000 * self.overhead.seconds_of_measurement:.1f} ms and a step "
+                f"{1000 * self.overhead.seconds_of_step:.1f} ms. It measures every "
+                f"{schedule.every_n_train_steps * stretch} steps instead of every {schedule.every_n_train_steps}, to "
+                f"take at most {limit:.0%} of the run (max_overhead={limit}). An interval that is given as "
+                "every_n_train_steps= is kept.",
+            )
+        schedule.stretch = stretch
+
+    # ---- the end, and what goes wrong -------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Release the batches kept, and leave the process group."""
+        self.last_batch = None
+        self.source.forget()
+        self.ranks.leave()
+
+    def say_if_nothing_was_measured(self) -> None:
+        """Warn at the end of a run that should have been measured and was not, unless the reason has been said."""
+        if self.active and self.n is None and not self._said:
+            self.warn_once(
+                f"no measurement took place: {self.source.seen} units of unit_size={self.settings.unit_size!r} were "
+                "seen, too few. Lower num_units or unit_size, or train longer."
+            )
+
+    def _say_if_batches_became_smaller(self) -> None:
+        if self.n is not None and self.schedule.missed >= _MISSED:
+            self.warn_once(
+                f"batches have become too small for the n={self.n} units of unit_size={self.settings.unit_size!r} that "
+                "this run compares, so its curves pause",
+                f" since step {self.schedule.last_step}. Pass num_units= that the smallest batch can give, or "
+                "source='fresh'.",
+            )
+
+    @contextmanager
+    def logging(self) -> Iterator[None]:
+        """Within this context an error of a logger is said once, and never reaches the training.
+
+        The rank that logs is the only one to know of it, so it cannot switch anything off.
+        """
+        try:
+            yield
+        except Exception as error:
+            self._warn_of_error("logging a measurement failed", error, "The values are in last_statistics.")
+
+    def warn_once(self, message: str, detail: str = "") -> None:
+        """Warn of something that all ranks know, once in this run; ``detail`` is what may differ between times."""
+        if message not in self._said:
+            self._said.add(message)
+            warn(message + detail)
+
+    def _warn_of_error(self, what: str, error: Exception, advice: str) -> None:
+        message = f"{what} and training goes on as without it. {in_words(error)}. {advice}"
+        if message not in self._said:
+            self._said.add(message)
+            warn_here(message)
+
+    def _count_failure(self, error: Exception) -> None:
+        """Say that a measurement failed, and switch off after a few in a row."""
+        self._failures += 1
+        self.schedule.owed = False
+        self.active = self._failures < _MAX_FAILURES
+        advice = (
+            f"After {_MAX_FAILURES} failures in a row it stops trying; to see the whole error, run gradient_gram on "
+            "this module and a batch."
+        )
+        self._warn_of_error("a measurement failed", error, advice)
+
+    def say_too_few(self, n: int) -> None:
+        """Switch off if the first measurement finds no two units; later ones wait for a batch that is large enough."""
+        if self.n is None:
+            self.active = False
+            self.warn_once(
+                f"measures nothing in this run. source={self.settings.source!r} gives {n} unit(s) of unit_size="
+                f"{self.settings.unit_size!r}, and it takes two to disagree; use a smaller unit_size, "
+                "unit_size='batch', or source='fresh'."
+            )
+
+    def say_traces(self, changed: Sequence[str]) -> None:
+        """Switch off, since the first measurement changed something of the run."""
+        self.active = False
+        self.warn_once(
+            f"the first measurement changed {', '.join(changed) or 'something on another rank'}; it measures nothing "
+            "more in this run, which is not the run without it. Pass a loss_fn that only computes the loss."
+        )
