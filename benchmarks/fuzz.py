@@ -2,8 +2,8 @@
 
     python benchmarks/fuzz.py [--models 2000] [--seed 0] [--engine auto]
 
-Four measurements of each model, in float64. What is found is shortened as far as it still fails, and printed as a recipe
-for `gram.random_graphs.deviation` of the tests.
+Four measurements of each model, in float64. What is found is shortened as far as it still fails, and printed as a
+recipe for `gram.random_graphs.deviation` of the tests.
 """
 
 from __future__ import annotations

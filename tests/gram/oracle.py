@@ -64,8 +64,11 @@ def as_measured(unit_size: int) -> Iterator[None]:
     def running(x: Any, mean: Any, var: Any, w: Any = None, b: Any = None, training: bool = False, *rest: Any) -> Any:
         return batch_norm(x, mean, var, w, b, training and (unit_size > 1 or mean is None), *rest)
 
+    def without_dropout(q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0, *a: Any, **kw: Any) -> Any:
+        return attention(q, k, v, attn_mask, 0.0, *a, **kw)
+
     F.dropout = lambda x, *_, **__: dropout(x, 0.0)
-    F.scaled_dot_product_attention = lambda q, k, v, m=None, p=0.0, *a, **kw: attention(q, k, v, m, 0.0, *a, **kw)
+    F.scaled_dot_product_attention = without_dropout
     F.batch_norm = running
     try:
         yield
@@ -74,7 +77,7 @@ def as_measured(unit_size: int) -> Iterator[None]:
 
 
 def expected(case: Case, unit_size: int, measured: Callable[[int, Any, Grams], None]) -> None:
-    """Call ``measured(measurement, batch, grams of the oracle)`` for each of the four, with the module as it is then."""
+    """Call ``measured(measurement, batch, grams of the oracle)`` four times, with the module as it is then."""
     for measurement, batch in enumerate(case.batches):
         case.before(case.module, measurement)
         with as_measured(unit_size):

@@ -124,7 +124,7 @@ def test_vmap_is_right_or_refuses(name: str) -> None:
     assert (refused > 0) == (name in VMAP_CANNOT)
 
 
-# ---- precision ---------------------------------------------------------------------------------------------------------
+# ---- precision -------------------------------------------------------------------------------------------------------
 
 # Cases whose batch is floating-point inputs, in layers that autocast casts.
 CAST = [
@@ -200,7 +200,7 @@ def test_in_float32(name: str, unit_size: int) -> None:
     expected(case, unit_size, measured)
 
 
-# ---- dropout -----------------------------------------------------------------------------------------------------------
+# ---- dropout ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("engine", ["ghost", "vmap", "loop", "auto"])
