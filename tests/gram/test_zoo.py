@@ -10,7 +10,7 @@ import pytest
 import torch
 from gram.oracle import Grams, Messages, error, expected, measure
 from gram.zoo import SINGLE, ZOO, Case, cast
-from gram.zoo.engines import LOOP_NOT_YET, NOT_YET, VMAP_CANNOT, expected_engine
+from gram.zoo.engines import NOT_YET, VMAP_CANNOT, expected_engine
 from torch import nn
 
 from lightning_gradconf.gram import select
@@ -91,10 +91,7 @@ def test_ghost_is_right_or_refuses(name: str, unit_size: int) -> None:
 
 
 @pytest.mark.parametrize("unit_size", UNIT_SIZES)
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.xfail(strict=True) if n in LOOP_NOT_YET else ()) for n in ZOO],
-)
+@pytest.mark.parametrize("name", ZOO)
 def test_loop_is_right(name: str, unit_size: int) -> None:
     case = ZOO[name]()
 

@@ -374,7 +374,7 @@ def more_ways_than_passes() -> Any:
     """Each unit is cut to a length of its own."""
 
     def loss(module: Any, batch: Any) -> Tensor:
-        return module(batch["x"][:, : batch["lengths"][0]]).square().mean()
+        return module(batch["x"][:, : int(batch["lengths"][0])]).square().mean()
 
     batches = [{"x": normal(6, 4), "lengths": torch.arange(1, 7)} for _ in range(4)]
     return nn.Linear(4, 3), loss, batches
