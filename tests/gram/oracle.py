@@ -64,7 +64,9 @@ def as_measured(unit_size: int) -> Iterator[None]:
     def running(x: Any, mean: Any, var: Any, w: Any = None, b: Any = None, training: bool = False, *rest: Any) -> Any:
         return batch_norm(x, mean, var, w, b, training and (unit_size > 1 or mean is None), *rest)
 
-    def without_dropout(q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0, *a: Any, **kw: Any) -> Any:
+    def without_dropout(
+        q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0, *a: Any, **kw: Any
+    ) -> Any:
         return attention(q, k, v, attn_mask, 0.0, *a, **kw)
 
     F.dropout = lambda x, *_, **__: dropout(x, 0.0)

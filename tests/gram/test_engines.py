@@ -7,12 +7,11 @@ import logging
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 from gram.oracle import as_measured, oracle
-from gram.zoo import SINGLE, ZOO, first
+from gram.zoo import SINGLE, ZOO
 from gram.zoo.engines import EXCEPTIONS, NOT_YET
 from gram.zoo.registry import Model, cross_entropy
+from torch import nn
 
 from lightning_gradconf import gradient_gram
 from lightning_gradconf.batches.units import split
@@ -24,6 +23,7 @@ from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.module_state import untouched
 from lightning_gradconf.gram.objective import objective
 from lightning_gradconf.gram.select import _say_once
+
 
 @pytest.mark.parametrize("unit_size", [1, 2])
 @pytest.mark.parametrize("name", [name for name in ZOO if name not in {*EXCEPTIONS, *NOT_YET, *SINGLE}])

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from gram.oracle import Grams, error, expected, measure
 from gram.zoo.registry import SAMPLES, Case, cast, labels, normal, until
+from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # whatever these models have to say of themselves
@@ -140,7 +139,14 @@ FAMILIES: dict[str, tuple[Builder, Callable[[list[int]], dict[str, Any]]]] = {
 # Promised, and not there yet: a unit that goes its own way alone is joined with the others in another layout.
 NOT_YET = {(name, 2) for name in ("gpt2", "bert", "distilbert", "electra", "bart")}
 SINGLE = {"mixtral"}  # its experts have no kernel for float64
-CAST_INSIDE = {"t5", "llama", "qwen2", "gemma2", "mamba", "mixtral"}  # norms or losses in float32 whatever the precision
+CAST_INSIDE = {
+    "t5",
+    "llama",
+    "qwen2",
+    "gemma2",
+    "mamba",
+    "mixtral",
+}  # norms or losses in float32 always
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 from gram.zoo import first
 from gram.zoo.registry import Model, cross_entropy, mean_square
+from torch import Tensor, nn
 
 from lightning_gradconf.batches.units import split
 from lightning_gradconf.gram.findings import findings_of

@@ -493,3 +493,17 @@ def unique_classes() -> Any:
         return torch.stack([out[y == c].square().mean() for c in y.unique()]).mean()
 
     return two_layers(), loss, [(x, torch.tensor([0, 1, 1, 0, 0, 1])) for x in inputs(4)]
+
+
+@case
+def unit_that_goes_its_own_way_alone() -> Any:
+    """One unit takes a branch by itself, and the weight is used transposed: its rows are joined with the others'."""
+
+    def loss(module: Any, x: Tensor) -> Tensor:
+        h = x @ module.weight.T
+        return (2 * h if x.sum() > 0 else h.tanh()).square().mean()
+
+    batches = [x.abs() * torch.tensor([1.0] * 3 + [-1.0] * 3)[:, None] for x in inputs(4)]
+    for x in batches:
+        x[:3] *= torch.tensor([1.0, -1.0, -1.0])[:, None]
+    return Model(lambda self: None, weight=nn.Parameter(torch.randn(4, 4))), loss, batches
