@@ -71,7 +71,7 @@ NOT_YET: dict[str, tuple[int, ...]] = {
     "guard_by_math": (1,),
     "numpy_stored": (1,),
     "requires_grad_asked": (1, 2, 3),
-    "unit_that_goes_its_own_way_alone": (1, 2, 3),
+    "unit_that_goes_its_own_way_alone": (1, 2),
     "written_into_a_constant": (1, 2, 3),
 }
 
