@@ -33,10 +33,9 @@ from torch import multiprocessing, nn
 from lightning_gradconf import gradient_gram
 from lightning_gradconf.batches.units import split
 from lightning_gradconf.gram.blockwise import plan
-from lightning_gradconf.gram.ghost.memory import Memory
 from lightning_gradconf.gram.objective import objective, sizes
-from lightning_gradconf.gram.ranks.data_parallel import gram_of_units
 from lightning_gradconf.gram.ranks.process_group import joined
+from lightning_gradconf.gram.select import gram_of_units
 
 ENGINES = ("ghost", "vmap", "loop")
 REPEATS = 3
@@ -120,10 +119,10 @@ def on_rank(rank: int, ranks: int, folder: str, engine: str, n: int, share: floa
         gather(mine, *args, dst=dst, group=group)
 
     dist.all_to_all_single, dist.gather = counted_exchange, counted_gather
-    how, memory = (together, target, units, 1, engine, None, False, budget), Memory()
-    gram_of_units(*how, memory=memory)  # which calibrates
+    how = together, target, units, 1, engine
+    gram_of_units(*how, memory_budget=budget)  # which proves what it reads
     sent.clear()
-    seconds, megabytes = measured(lambda: gram_of_units(*how, memory=memory))
+    seconds, megabytes = measured(lambda: gram_of_units(*how, memory_budget=budget))
     passes = n if budget is None else plan(n, sizes(model.parameters()), budget).passes
     result = {"seconds": seconds, "megabytes": megabytes, "sent": sum(sent) / (REPEATS + 2) / 1e6, "parameters": p}
     Path(folder, f"{rank}.json").write_text(json.dumps(result | {"passes": passes}))
