@@ -80,7 +80,7 @@ class Accumulator:
         self._waiting = Counter(name for use in graph.uses for name in use.free.parameters)
         self._parts: dict[str, list[GradientFactors]] = defaultdict(list)
         self._moved: dict[str, Use] = {}
-        self._by_pull = graphs.formed(graph)
+        self._by_pull = graphs.formed(graph, to_join=keep)
         self._pulled: dict[GradientEdge, Tensor] = {}  # unit gradients of free tensors
         self._busy = False
         uses: dict[Node, list[tuple[int, Use]]] = defaultdict(list)

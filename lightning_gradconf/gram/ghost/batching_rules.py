@@ -260,8 +260,10 @@ def _requires_grad_(mode: UnitMode, function: Callable[..., Any], tensor: Tensor
     return tensor
 
 
-def _requires_grad(mode: UnitMode, function: Callable[..., Any], tensor: Tensor, *_: Any) -> bool:
-    return behind(tensor).requires_grad
+def _of_autograd(mode: UnitMode, function: Callable[..., Any], tensor: Tensor, *_: Any) -> Any:
+    """Answer as the tensor below vmap, where autograd records."""
+    with torch._C.DisableTorchFunction():
+        return function(behind(tensor))
 
 
 def _gradient(
@@ -320,7 +322,7 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.ctc_loss: _ctc,
     Tensor.requires_grad_: _requires_grad_,
     Tensor.requires_grad.__set__: _requires_grad_,  # type: ignore[attr-defined]
-    Tensor.requires_grad.__get__: _requires_grad,  # type: ignore[attr-defined]
+    **{getattr(Tensor, name).__get__: _of_autograd for name in ("requires_grad", "grad_fn", "is_leaf")},
     **dict.fromkeys(
         (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.backward, Tensor.retain_grad), _refused
     ),

@@ -232,7 +232,7 @@ class _Measurement:
 
     def _formed(self, graph: Graph) -> int:
         """Return the bytes of the gradients that have to be formed."""
-        names = graphs.formed(graph)
+        names = graphs.formed(graph, to_join=self.keep)
         sources = {use.source for use in graph.uses if use.free.parameters & names}
         elements = sum(math.prod(graphs.shape(source)) for source in sources)
         itemsize = max((accumulation_dtype(self.objective.parameters[name]).itemsize for name in names), default=0)

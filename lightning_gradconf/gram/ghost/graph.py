@@ -126,14 +126,17 @@ def is_multiple(use: Use) -> bool:
     return use.free.layout is None and math.prod(shape(use.source)) == 1
 
 
-def formed(graph: Graph) -> set[str]:
-    """Return the parameters whose gradients have to be formed: those that are transformed before they meet the data."""
+def formed(graph: Graph, *, to_join: bool) -> set[str]:
+    """Return the parameters whose gradients have to be formed: those that are transformed before they meet the data.
+
+    With ``to_join``, factors will meet those of other graphs, in which entries may be rearranged in another way.
+    """
     layouts: dict[str, list[Layout | None]] = defaultdict(list)
     multiples = {id(use) for use in graph.uses if is_multiple(use)}
     for use in graph.uses:
         for name in use.free.parameters:
             layouts[name].append("same" if id(use) in multiples else use.free.layout)
-    names = {name for name, ways in layouts.items() if None in ways or (len(ways) > 1 and "moved" in ways)}
+    names = {name for name, ways in layouts.items() if None in ways or ("moved" in ways and (to_join or len(ways) > 1))}
     others = [use.free.parameters for use in graph.uses if id(use) not in multiples]
     while more := {name for together in others if together & names for name in together} - names:
         names |= more
@@ -192,7 +195,8 @@ def _layout(node: Node, operand: Free) -> Layout | None:
     if name in _SAME_ORDER:
         keeps = operand.layout == "same" or name in ("ToCopyBackward0", "CloneBackward0", "AliasBackward0")
         return operand.layout if keeps else "moved"
-    if len(shapes(node)[0]) == 2 and name != "PermuteBackward0":
+    swaps = name != "PermuteBackward0" or tuple(saved(node, "dims")) in ((1, 0), (-1, -2))
+    if len(shapes(node)[0]) == 2 and swaps:
         return {"same": "transposed", "transposed": "same", "moved": "moved"}[operand.layout]  # type: ignore[return-value]
     return "moved"
 

@@ -23,7 +23,7 @@ from lightning_gradconf.gram.measurement_mode import MeasurementMode
 
 _FACTORIES = {
     torch.zeros, torch.ones, torch.empty, torch.full, torch.eye, torch.arange, torch.linspace,
-    torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like,
+    torch.clone, Tensor.clone, torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like,
     Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full,
 }  # fmt: skip
 

@@ -205,29 +205,38 @@ def _where(mode: UnitMode, function: Callable[..., Any], *args: Any, **kwargs: A
     return tuple(of_data_size(mode, torch.nonzero, *args, **kwargs).unbind(-1))
 
 
-def indices_of_masks(mode: UnitMode, index: Any) -> Any:
-    """Return an index in which masks that differ between units are replaced by the positions of what they select."""
-    parts = index if isinstance(index, tuple) else (index,)
-    if not any(is_batched(part) and part.dtype == torch.bool for part in parts):
-        return index
-    positions: list[Any] = []
-    for part in parts:
+def _index(mode: UnitMode, index: Any) -> Any:
+    """Return an index without slices up to a tensor, and with positions in the place of masks."""
+    found: list[Any] = []
+    for part in index if isinstance(index, tuple) else (index,):
         if is_batched(part) and part.dtype == torch.bool:
-            positions += of_data_size(mode, torch.nonzero, part).unbind(-1)
+            found += of_data_size(mode, torch.nonzero, part).unbind(-1)
+        elif isinstance(part, slice):
+            found.append(slice(*(_whole(mode, bound) for bound in (part.start, part.stop, part.step))))
         else:
-            positions.append(part)
-    return tuple(positions)
+            found.append(part)
+    return tuple(found)
+
+
+def _whole(mode: UnitMode, bound: Any) -> Any:
+    return same(mode, int, bound, "a slice") if isinstance(bound, Tensor) else bound
+
+
+def _with_numbers(mode: UnitMode, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function of numbers that was given tensors."""
+    numbers = [same(mode, Tensor.item, arg, function.__name__) if is_batched(arg) else arg for arg in args]
+    return function(*numbers, **kwargs)
 
 
 def _select(mode: UnitMode, function: Callable[..., Any], tensor: Tensor, index: Any) -> Any:
-    return function(tensor, indices_of_masks(mode, index))
+    return function(tensor, _index(mode, index))
 
 
 def _assign(mode: UnitMode, function: Callable[..., Any], tensor: Tensor, index: Any, value: Any) -> Any:
     if isinstance(value, UnitNumber):
         value = value.tensor
     if isinstance(value, Tensor) and value.dim() and not isinstance(index, tuple):
-        index = indices_of_masks(mode, index)
+        index = _index(mode, index)
     elif is_batched(index) and index.dtype == torch.bool:  # one value wherever the mask says so
         return tensor.masked_fill_(index.reshape(index.shape + (1,) * (tensor.dim() - index.dim())), value)
     return function(tensor, index, value)
@@ -244,6 +253,7 @@ READS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys((torch.equal, Tensor.equal, torch.allclose, Tensor.allclose), _compare),
     **dict.fromkeys((Tensor.__format__, Tensor.__repr__), _text),
     **dict.fromkeys((Tensor.numpy, Tensor.__array__), _numpy),
+    **dict.fromkeys((torch.arange, torch.linspace, torch.eye, torch.zeros, torch.ones, torch.empty), _with_numbers),
     Tensor.item: _item,
     Tensor.__contains__: _compare,
     torch.where: _where,
