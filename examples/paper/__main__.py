@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from . import batchnorm_skip, data, depth_width, init, orthogonal, speed, sweep
+from . import batchnorm_skip, data, depth_width, init, orthogonal, speed, sweep, theory
 from .protocol import DIGITS, FULL, shrunk
 
 STUDIES = {
