@@ -20,7 +20,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from paper import __main__ as command
-from paper import data, figures, models, protocol, speed, sweep, tables
+from paper import data, figures, models, protocol, speed, sweep, tables, theory
 from paper.run import Run, train
 
 CIFAR, DIGIT = (3, 32, 32), (1, 8, 8)
@@ -319,8 +319,9 @@ def test_all_studies_in_processes_of_their_own(tmp_path, capsys):
     assert summary in capsys.readouterr().out
     for name in command.STUDIES:
         assert f"## {name}\n" in summary
-        assert (folder / f"{name}.csv").stat().st_size > 0
+        assert name == "theory" or (folder / f"{name}.csv").stat().st_size > 0
     pictures = {"init.png", "depth.png", "width.png", "batchnorm_skip.png", "orthogonal.png", "speed.png"}
+    pictures |= {"regression.png", "concentration.png"}
     assert {path.name for path in folder.glob("*.png")} == pictures
     runs = {path: path.stat().st_mtime_ns for path in (folder / "runs").iterdir()}
     assert {json.loads(path.read_text())["run"]["data"] for path in runs} == {"cifar10"}
@@ -347,3 +348,34 @@ def test_no_such_study(capsys):
     with pytest.raises(SystemExit):
         command.main(["depth"])
     assert "choose from init, depth_width, batchnorm_skip, orthogonal, speed" in capsys.readouterr().err
+
+
+# ---- what the theorems say -------------------------------------------------------------------------------------------
+
+
+def test_a_regression_that_can_fit_all_samples_has_no_floor():
+    rates = torch.tensor([0.8], dtype=torch.float64)
+    few, many = (theory.descend(dimension, rates, epochs=200, seed=0) for dimension in (40, 300))
+    for losses, etas in (few, many):
+        assert losses.shape == etas.shape == (theory.RECORDS + 1, 1)
+        assert losses.min() > -1e-12, "nothing is below the lowest loss"
+    assert few[0][-10:].min() > 1e-3
+    assert few[1][-10:].min() > 1e-1
+    assert many[0][-10:].max() < 1e-6
+    assert many[1][-10:].max() < 1e-6
+
+
+def test_a_random_network_gives_the_cosines_of_a_plain_loop():
+    gram = theory.random_gram(depth=2, width=5, dimension=3, samples=4, activation="tanh", seed=0)
+    torch.manual_seed(0)
+    model = models.mlp(2, 5, nn.Tanh, (3, 1, 1), 1)
+    models.initialise(model, "glorot", relu=False)
+    x = torch.randn(4, 3)
+    x = x / x.norm(dim=1, keepdim=True) * 3**0.5
+    y = torch.randint(2, (4, 1)) * 2.0 - 1
+    gradients = []
+    for i in range(4):
+        parts = torch.autograd.grad((model(x[i : i + 1]) - y[i]).square().sum(), list(model.parameters()))
+        gradients.append(torch.cat([part.flatten() for part in parts]).double())
+    expected = torch.stack(gradients) @ torch.stack(gradients).T
+    torch.testing.assert_close(gram.double(), expected, rtol=1e-4, atol=1e-5)

@@ -129,6 +129,7 @@ def write_summary(records: Sequence[Record], target: float, path: Path) -> None:
         | {
             "min_cosine_at_init": curve(record, "min_cosine")[0],
             "min_cosine_until_loss": confusion_until(record, target),
+            "min_cosine_at_end": curve(record, "min_cosine")[-1],
             "epochs_to_loss": epochs_to(record, target),
             "final_loss": final_loss(record),
             "test_accuracy": record["accuracy"],

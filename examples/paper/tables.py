@@ -25,6 +25,7 @@ def table(groups: dict[str, list[Record]], target: float) -> str:
             f"{records[0]['run']['lr']:g}",
             spread([curve(record, "min_cosine")[0] for record in records]),
             spread([confusion_until(record, target) for record in records]),
+            spread([curve(record, "min_cosine")[-1] for record in records]),
             speed,
             spread([final_loss(record) for record in records], 3),
             spread([100 * record["accuracy"] for record in records], 1),
@@ -32,6 +33,7 @@ def table(groups: dict[str, list[Record]], target: float) -> str:
         lines.append(cells)
     head = [
         *("network", "learning rate", "min cosine at initialisation", f"mean min cosine until loss {target:g}"),
+        "min cosine at the end",
         *(f"epochs to loss {target:g}", "final training loss", "test accuracy, %"),
     ]
     return markdown(head, lines)
