@@ -5,6 +5,7 @@ Nothing here touches the training loader (`loaders` says why). Draws and collati
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 
 from lightning_gradconf.batches.loaders import (
     Feed,
+    batch_size,
     collate,
     combined,
     draw_indices,
@@ -83,9 +85,14 @@ def class_of(batch: Any, labels: str | int | Callable[[Any], Any]) -> int:
         labels: The key or index of the classes in it, or a function of it.
 
     Raises:
-        ValueError: What is found there is not one whole number.
+        ValueError: There is nothing, or not one whole number.
     """
-    found = labels(batch) if callable(labels) else batch[labels]
+    try:
+        found = labels(batch) if callable(labels) else batch[labels]
+    except (KeyError, IndexError, TypeError) as error:
+        if callable(labels):
+            raise
+        raise ValueError(f"labels={labels!r} is not in the batch, {_entries(batch)}") from error
     label = torch.as_tensor(found)
     if label.numel() != 1 or label.is_floating_point():
         raise ValueError(
@@ -95,7 +102,22 @@ def class_of(batch: Any, labels: str | int | Callable[[Any], Any]) -> int:
     return int(label)
 
 
-def draw(feed: Feed, num_units: int, unit_size: int | str, seed: Sequence[int]) -> list[Unit]:
+def _entries(batch: Any) -> str:
+    """What a batch has its classes under, in words."""
+    if isinstance(batch, Mapping):
+        return f"which has the keys {', '.join(map(repr, batch))}"
+    if isinstance(batch, list | tuple):
+        return f"a {type(batch).__name__} of {len(batch)}: give an index such as labels={len(batch) - 1}"
+    return f"a {type(batch).__name__}: give a function of the batch that returns its class"
+
+
+def draw(
+    feed: Feed,
+    num_units: int,
+    unit_size: int | str,
+    seed: Sequence[int],
+    indices: Sequence[Sequence[Any]] | None = None,
+) -> list[Unit]:
     """Return units of samples drawn from the training dataset without replacement, each collated alone.
 
     Args:
@@ -103,6 +125,7 @@ def draw(feed: Feed, num_units: int, unit_size: int | str, seed: Sequence[int]) 
         num_units: How many units; fewer if the dataset is smaller.
         unit_size: Samples in a unit; ``"batch"`` is as many as in a batch of the loader.
         seed: Whatever the draw shall depend on, and nothing else does it depend on.
+        indices: Those of an earlier draw from the only loader, for each unit; None draws them.
 
     Raises:
         ValueError: A loader has no dataset that can be indexed.
@@ -117,11 +140,21 @@ def draw(feed: Feed, num_units: int, unit_size: int | str, seed: Sequence[int]) 
                 "source='current', or pass a DataLoader as source"
             )
     sizes = dict.fromkeys(loaders, None) if unit_size == "batch" else shares(loaders, int(unit_size))
-    return collated(
-        feed.loaders,
-        {path: draw_indices(loader, sizes[path], num_units) for path, loader in loaders.items()},
-        feed.prepare,
-    )
+    groups = {path: _drawn(feed, loader, sizes[path], num_units) for path, loader in loaders.items()}
+    if indices is not None and len(loaders) == 1:
+        groups = {path: indices for path in loaders}
+    return collated(feed.loaders, groups, feed.prepare)
+
+
+def _drawn(feed: Feed, loader: Any, size: int | None, num: int) -> Sequence[Sequence[Any]]:
+    """Groups of indices, of the batches that are overfitted if these are all that is trained on."""
+    if feed.overfitted is None:
+        return draw_indices(loader, size, num)
+    population = [index for batch in first_indices(loader, None, feed.overfitted) for index in batch]
+    size = size or batch_size(loader) or 1
+    num = min(num, len(population) // size)
+    indices = random.sample(population, num * size)
+    return [indices[i * size : (i + 1) * size] for i in range(num)]
 
 
 def first_of(feed: Feed, loader: Any, num_units: int, unit_size: int | str, seed: Sequence[int]) -> list[Unit]:

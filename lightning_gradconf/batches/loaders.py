@@ -41,6 +41,7 @@ class Feed:
         isolated: ``isolated(loaders)`` is a context that puts back what reading items changes.
         batches: How many there are in an epoch.
         rank: The number of this process.
+        overfitted: How many batches, the first of the loader, are all that is trained on; None if it is all of them.
     """
 
     loaders: Any
@@ -48,6 +49,7 @@ class Feed:
     isolated: Callable[[Any], AbstractContextManager[Any]] = nullcontext
     batches: float = float("inf")
     rank: int = 0
+    overfitted: int | None = None
 
 
 def loaders_in(structure: Any, path: str = WHOLE) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class Source:
         num_units: How many units a measurement compares at most.
         seed: Of the draws.
         over_batches: Whether units of the current batches are gathered over several of them.
+        fixed_indices: The indices of an earlier fixed draw, for each unit; None draws them.
 
     Attributes:
         remark: What to tell the user about units that are drawn although those of the batch in training were asked
@@ -32,7 +34,13 @@ class Source:
     """
 
     def __init__(
-        self, kind: str | DataLoader[Any], unit_size: int | str, num_units: int, seed: int, over_batches: bool
+        self,
+        kind: str | DataLoader[Any],
+        unit_size: int | str,
+        num_units: int,
+        seed: int,
+        over_batches: bool,
+        fixed_indices: Sequence[Sequence[Any]] | None = None,
     ) -> None:
         self._kind, self._unit_size, self._num_units, self._seed = kind, unit_size, num_units, seed
         self._over_batches = over_batches or unit_size == "batch"
@@ -42,6 +50,7 @@ class Source:
         self._shapes: list[torch.Size] = []
         self._error: Exception | None = None
         self._fixed: list[Unit] | None = None
+        self._fixed_indices = fixed_indices
         self._alone = False  # whether units are collated alone that were to be cut out of batches
         self.remark: str | None = None
 
@@ -98,8 +107,16 @@ class Source:
         if self._kind != "fixed":
             return self._collated(feed, wanted, step)
         if self._fixed is None:
-            self._fixed = draw(feed, wanted, self._unit_size, (self._seed, feed.rank))
+            seed = (self._seed, feed.rank)
+            self._fixed = draw(feed, wanted, self._unit_size, seed, self._fixed_indices)
         return self._fixed
+
+    @property
+    def fixed_indices(self) -> Sequence[Sequence[Any]] | None:
+        """The indices of the fixed draw, for each unit; None if there is none."""
+        if self._fixed is None:
+            return self._fixed_indices
+        return [list(unit.origin.samples) for unit in self._fixed]
 
     def reads(self, feed: Feed) -> Any:
         """Return the loaders whose items `units` reads, none where it has the batches in training."""
@@ -154,6 +171,7 @@ class Source:
     def forget(self) -> None:
         """Release the batches kept."""
         self._recent.clear()
+        self._fixed_indices = self.fixed_indices
         self._fixed = None
 
     def _can_collate(self, feed: Feed) -> bool:

@@ -30,4 +30,5 @@ def feed_of(trainer: Trainer, module: LightningModule) -> Feed:
         isolated=isolated,
         batches=trainer.num_training_batches,
         rank=trainer.global_rank,
+        overfitted=int(trainer.num_training_batches) if trainer.overfit_batches else None,  # type: ignore[attr-defined]
     )

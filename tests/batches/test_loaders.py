@@ -282,7 +282,7 @@ class Batches:
 
 @pytest.mark.parametrize(
     "loader",
-    [lambda: DataLoader(Stream(), batch_size=6), lambda: DataLoader(Stream(6), batch_size=None), lambda: Batches()],
+    [lambda: DataLoader(Stream(), batch_size=6), lambda: DataLoader(Stream(6), batch_size=None), Batches],
     ids=["items", "batches of its own", "no DataLoader"],
 )
 def test_samples_of_a_stream_lie_on_dimension_0(loader):
