@@ -54,6 +54,7 @@ def measured(make: Callable[[], tuple[Any, Any]], **options: Any) -> GradientCon
     assert all(origin.batch is None for origin in drawn) == bool(said) or options.get("source") == "fresh"
     samples = [origin.samples for origin in drawn]
     expected = gram_of(before, [loader.collate_fn([loader.dataset[i] for i in group]) for group in samples])
+    assert confusion.last_engine == "loop", "objects of many shapes, or packed sequences, go one by one"
     torch.testing.assert_close(confusion.last_gram, expected.float(), rtol=2e-4, atol=1e-6 * float(expected.max()))
     return confusion
 
