@@ -1,17 +1,17 @@
 """The share of a training run that the callback takes, in a Trainer with default settings.
 
-    python benchmarks/overhead.py [--models digits resnet18 gpt] [--steps 300] [--rounds 3]
+    python benchmarks/overhead.py [--models cnn mlp loop resnet18 gpt] [--seconds 20]
 
-Runs with and without the callback take turns in one process, one thread, and the medians of processor time are
-compared: the callback's own, taken around its calls, with that of the run without it. The first measurement, which
-calibrates, is given apart: a long run pays for it once.
+Trains for so many seconds with the default line, one thread, and prints the share of the run's time that was spent in
+the callback after its first measurement, which loads libraries and checks the engine, and is given apart. The share
+without a bound (``max_overhead=None``), and that an interval given by the user is kept, are shown beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -30,16 +30,30 @@ QUIET = {
 
 
 class Timed(GradientConfusionCallback):
-    """Notes how long each call took."""
+    """Notes how long each call took, and which steps were measured."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.calls: list[float] = []
+        self.steps: list[int] = []
 
     def on_train_batch_start(self, *args: Any) -> None:
-        start = time.process_time()
+        start = time.perf_counter()
         super().on_train_batch_start(*args)
-        self.calls.append(time.process_time() - start)
+        self.calls.append(time.perf_counter() - start)
+        if self.last_step is not None and self.last_step not in self.steps[-1:]:
+            self.steps.append(self.last_step)
+
+
+class StopAfter(pl.Callback):
+    """Stops after so many seconds, counted from the second step on."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.start = seconds, 0.0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.start = self.start or time.perf_counter()
+        trainer.should_stop = time.perf_counter() - self.start > self.seconds
 
 
 class Module(pl.LightningModule):
@@ -65,7 +79,8 @@ def with_batchnorm(net: nn.Module) -> nn.Module:
     return net
 
 
-def digits() -> tuple[nn.Module, Tensor, Tensor]:
+def cnn() -> tuple[nn.Module, Tensor, Tensor]:
+    """The network of examples/digits.py."""
     net = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         nn.Flatten(), nn.Dropout(0.25), nn.Linear(512, 10),
@@ -73,8 +88,13 @@ def digits() -> tuple[nn.Module, Tensor, Tensor]:
     return net, torch.randn(1440, 1, 8, 8), torch.randint(10, (1440,))
 
 
+def mlp() -> tuple[nn.Module, Tensor, Tensor]:
+    """Steps of less than a millisecond."""
+    return nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 10)), torch.randn(3200, 20), labels(3200)
+
+
 def resnet18() -> tuple[nn.Module, Tensor, Tensor]:
-    return with_batchnorm(build("resnet18").model), torch.randn(512, 3, 32, 32), torch.randint(10, (512,))
+    return with_batchnorm(build("resnet18").model), torch.randn(512, 3, 32, 32), labels(512)
 
 
 def gpt() -> tuple[nn.Module, Tensor, Tensor]:
@@ -82,40 +102,47 @@ def gpt() -> tuple[nn.Module, Tensor, Tensor]:
     return build("gpt").model, tokens[:, :-1], tokens[:, 1:]
 
 
-MODELS = {"digits": (digits, 32, 600), "resnet18": (resnet18, 32, 101), "gpt": (gpt, 16, 101)}
+def labels(samples: int) -> Tensor:
+    return torch.randint(10, (samples,))
 
 
-def run(name: str, steps: int, callbacks: list[Any]) -> float:
-    make, batch_size, _ = MODELS[name]
+# What to train, the batch size, and options of the callback beside the default line.
+MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor, Tensor]], int, dict[str, Any]]] = {
+    "cnn": (cnn, 32, {}),
+    "mlp": (mlp, 32, {}),
+    "loop": (cnn, 32, {"engine": "loop"}),
+    "resnet18": (resnet18, 32, {}),
+    "gpt": (gpt, 16, {}),
+}
+
+
+def run(name: str, seconds: float, **options: Any) -> tuple[Timed, float]:
+    """Train, and return the callback and the share of the time after its first measurement that it took."""
+    make, batch_size, more = MODELS[name]
     torch.manual_seed(0)
     net, x, y = make()
-    trainer = pl.Trainer(max_epochs=-1, max_steps=steps, callbacks=callbacks, **QUIET)
-    loader = DataLoader(TensorDataset(x, y), batch_size=batch_size, shuffle=True, drop_last=True)
-    start = time.process_time()
-    trainer.fit(Module(net), loader)
-    return time.process_time() - start
+    timed, stop = Timed(**more, **options), StopAfter(seconds)
+    trainer = pl.Trainer(max_epochs=-1, callbacks=[timed, stop], **QUIET)
+    trainer.fit(Module(net), DataLoader(TensorDataset(x, y), batch_size=batch_size, shuffle=True, drop_last=True))
+    return timed, sum(timed.calls[1:]) / (time.perf_counter() - stop.start)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--steps", type=int, default=None)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=20)
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name in args.models:
-        steps = args.steps or MODELS[name][2]
-        without, with_, own, first = [], [], [], []
-        for _ in range(args.rounds):
-            without.append(run(name, steps, []))
-            timed = Timed()
-            with_.append(run(name, steps, [timed]))
-            own.append(sum(timed.calls[1:]))
-            first.append(timed.calls[0])
-        plain, share = statistics.median(without), statistics.median(own) / statistics.median(without)
+        bounded, share = run(name, args.seconds)
+        _, unbounded = run(name, args.seconds, max_overhead=None)
+        given, _ = run(name, args.seconds / 4, every_n_train_steps=10)
+        kept = all((step + 1) % 10 == 0 for step in given.steps[1:]) and len(given.steps) == len(given.calls) // 10 + 1
+        interval = bounded.steps[-1] - bounded.steps[-2] if len(bounded.steps) > 1 else "-"
         print(
-            f"{name:10} {steps} steps, without {plain:6.2f} s, with {statistics.median(with_):6.2f} s, callback "
-            f"{share:6.2%} without its first measurement, which takes {statistics.median(first):.2f} s"
+            f"{name:9} {len(bounded.calls):6} steps, {len(bounded.steps):4} measured, the last two {interval} steps "
+            f"apart: {share:6.2%} of the run, {unbounded:6.2%} without a bound; the first takes "
+            f"{bounded.calls[0]:.2f} s; every_n_train_steps=10 is kept: {kept}"
         )
 
 

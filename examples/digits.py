@@ -118,7 +118,7 @@ def main() -> None:
         devices=1,
         logger=logger,
         log_every_n_steps=args.every,
-        callbacks=[GradientConfusionCallback(every_n_train_steps=args.every)],
+        callbacks=[GradientConfusionCallback(every_n_train_steps=args.every, figures=True, top_pairs=6)],
         enable_checkpointing=False,
         enable_model_summary=False,
     )

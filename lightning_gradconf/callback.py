@@ -44,6 +44,9 @@ class GradientConfusionCallback(Callback):
     ``GradientConfusionCallback(every_n_epochs=1, source="fresh", num_units=100, unit_size=128)``. Units are drawn
     without replacement: a dataset of 1797 samples gives 14 of them.
 
+    A checkpoint holds n, the interval and what else a resumed run needs to be measured at the steps of the
+    uninterrupted one.
+
     With manual optimization, what ``training_step`` passes to ``manual_backward`` is the loss. Several losses are
     measured at the same weights, each for the parameters of its optimizer, and logged under
     ``{prefix}/{optimizer index}/``; they are numbered in their order where an optimizer has several.
@@ -53,8 +56,12 @@ class GradientConfusionCallback(Callback):
 
     Args:
         every_n_train_steps: Measure at every n-th optimizer step. By default, and without ``every_n_epochs``, it is
-            the Trainer's ``log_every_n_steps``.
-        every_n_epochs: Measure at the end of every n-th training epoch, before validation, as the paper does.
+            the Trainer's ``log_every_n_steps``, stretched by ``max_overhead``.
+        every_n_epochs: Measure at the end of every n-th training epoch, however it ends and before validation, as the
+            paper does.
+        max_overhead: The part of the run's time that measuring may take where you give no interval: 0.05 is 5 %. The
+            default interval is stretched by powers of two, from the times that measurements and steps take. None keeps
+            to the interval of the Trainer.
         num_units: How many gradients are compared.
         unit_size: Samples behind each gradient; ``"batch"`` is a whole batch of the loader.
         source: ``"current"`` takes samples of the batch in training, or where one is not enough (``"batch"``,
@@ -68,7 +75,8 @@ class GradientConfusionCallback(Callback):
             None is half of the free memory. ``ghost`` holds none but those of parameters that are transformed before
             they meet the data (weight_norm), and is left if these do not fit.
         dropout: Measure with dropout on. By default its probability is zero while measuring.
-        statistics: Names of statistics, ``"default"`` or ``"all"``.
+        statistics: Names of statistics, ``"default"`` or ``"all"``. Among all are ``num_units``, the n of this run, and
+            ``seconds``, the time that a measurement took.
         per_layer: Log ``{prefix}/min_cosine/{submodule}`` too: of each submodule that has parameters (True), or of
             submodules at this depth of names (1 is ``encoder``, 2 is ``encoder.block1``). At the end of the run a
             heatmap of submodules and steps is logged, if matplotlib is installed.
@@ -91,12 +99,16 @@ class GradientConfusionCallback(Callback):
             a step, it is that of the last.
         last_statistics: What it logged, by the names of the statistics; of several losses all, as ``0/eta``, ``1/eta``.
         last_step: The step that it was logged at.
+        last_engine: The engine that computed it.
+        last_seconds: The time it took.
         last_top_pairs: The pairs of the last measurement, with ``cosine``, ``units`` (rows of the Gram), ``origins``
             (whose ``samples`` are positions or indices) and ``labels``; empty without ``top_pairs``.
 
     Raises:
         ValueError: An argument is out of its range; the message names it.
-        MisconfigurationException: ``every_n_train_steps`` and ``every_n_epochs`` are both given.
+        TypeError: An argument has no name, or a name that is unknown.
+        MisconfigurationException: ``every_n_train_steps`` and ``every_n_epochs`` are both given, or two callbacks of a
+            Trainer have one ``prefix``.
 
     Source: `Sankararaman et al. 2020 <https://arxiv.org/abs/1904.06963>`_, Definition 2.1 and Section 7.
 
@@ -274,18 +286,15 @@ class GradientConfusionCallback(Callback):
     def _measure(self, session: Session, batch: Any, batch_idx: int, step: int) -> None:
         """Measure now, and report what was found."""
         measurements = session.measure(batch, batch_idx, step)
-        self.last_statistics = {} if measurements else self.last_statistics
+        if not measurements:
+            return
+        self.last_statistics = {}
         for measurement in measurements:
             with session.logging():
-                report, of_loss = (
-                    session.report_on(measurement.name),
-                    f"{measurement.name}/" if measurement.name else "",
-                )
+                report, of_loss = session.report_on(measurement.name), measurement.name and f"{measurement.name}/"
                 statistics, pairs = report.values(measurement), report.pairs(measurement)
-                self.last_gram, self.last_step = measurement.gram, measurement.step
-                self.last_statistics |= {f"{of_loss}{name}": value for name, value in statistics.items()}
-                self.last_top_pairs = pairs
+                self.last_gram, self.last_step, self.last_top_pairs = measurement.gram, measurement.step, pairs
                 self.last_engine, self.last_seconds = measurement.engine, measurement.seconds
+                self.last_statistics |= {f"{of_loss}{name}": value for name, value in statistics.items()}
                 publish(session, measurement, statistics, pairs)
-        if measurements:
-            session.reported(step)
+        session.reported(step)

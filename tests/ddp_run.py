@@ -23,8 +23,8 @@ from torchmetrics import Accuracy
 
 from lightning_gradconf import GradientConfusionCallback
 from lightning_gradconf.batches import sources as source
-from lightning_gradconf.gram.ghost import factors
 from lightning_gradconf.gram.ranks import data_parallel as distributed
+from lightning_gradconf.gram.ranks import factor_exchange as factors
 from lightning_gradconf.reports import report
 from lightning_gradconf.training import measure
 from lightning_gradconf.training import training_step as probe

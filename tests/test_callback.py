@@ -143,6 +143,8 @@ def test_loss_fn_and_parameters():
     assert confusion.last_gram is not None
     with pytest.warns(UserWarning, match=r"parameters='x\*' matches none of the 4 parameters.*'net\.0\.weight'"):
         fit(GradientConfusionCallback(parameters="x*"), max_steps=1)
+    with pytest.warns(UserWarning, match=r"parameters='layer\.\*' matches none"):
+        fit(GradientConfusionCallback(parameters=["net.*", "layer.*"]), max_steps=1)
 
 
 # ---- when ------------------------------------------------------------------------------------------------------------
@@ -323,6 +325,42 @@ def test_callback_metrics_progress_bar_and_no_logger():
     assert trainer.progress_bar_metrics == {}
 
 
+def test_logged_metrics_and_what_a_measurement_costs(monkeypatch):
+    seconds = iter(range(100))
+    monkeypatch.setattr("lightning_gradconf.training.overhead.perf_counter", lambda: float(next(seconds)))
+    confusion = GradientConfusionCallback(statistics="all", every_n_train_steps=2)
+    trainer, _, _ = fit(confusion)
+    assert confusion.last_engine in ("ghost", "vmap", "loop") and confusion.last_seconds == 1.0
+    assert confusion.last_statistics["num_units"] == 4 and confusion.last_statistics["seconds"] == 1.0
+    assert {f"{PREFIX}/{name}" for name in confusion.last_statistics} <= trainer.logged_metrics.keys()
+    confusion = GradientConfusionCallback(statistics=["seconds", "eta"])
+    fit(confusion, max_steps=1)
+    assert set(confusion.last_statistics) == {"seconds", "eta"}
+
+
+def test_batches_that_become_smaller_are_told_once():
+    class Smaller(Plain):
+        def train_dataloader(self):
+            return loader(batch_size=8 if self.trainer.current_epoch == 0 else 4)
+
+    def train(**options):
+        module, confusion = Smaller(), GradientConfusionCallback(every_n_train_steps=1, **options)
+        rows = Rows()
+        trainer = pl.Trainer(
+            max_epochs=3, logger=rows, callbacks=[confusion], reload_dataloaders_every_n_epochs=1,
+            enable_checkpointing=False, log_every_n_steps=1, **QUIET,
+        )  # fmt: skip
+        trainer.fit(module)
+        return steps(rows)
+
+    with pytest.warns(
+        UserWarning, match="too small for the n=8 units of unit_size=1.*since step 2.*num_units="
+    ) as caught:
+        assert train() == [0, 1, 2]
+    assert len([w for w in caught if "GradientConfusionCallback" in str(w.message)]) == 1
+    assert train(num_units=4) == list(range(15))
+
+
 def test_early_stopping_and_checkpoints_monitor_a_key(tmp_path):
     stopping = EarlyStopping(f"{PREFIX}/negative_fraction", stopping_threshold=2.0, check_on_train_epoch_end=True)
     saving = ModelCheckpoint(
@@ -417,6 +455,16 @@ def test_draws_keep_to_what_the_sampler_admits(source):
     Seen.measured = []
     fit(GradientConfusionCallback(num_units=5, engine="loop", source=source, every_n_train_steps=2), Seen(), data)
     assert set(Seen.measured) <= admitted and len(set(Seen.measured)) >= 5
+
+
+@pytest.mark.filterwarnings("ignore:.*overfit")
+@pytest.mark.parametrize("source", ["fresh", "fixed"])
+def test_draws_are_of_the_batches_that_are_overfitted(source):
+    Seen.measured = []
+    confusion = GradientConfusionCallback(num_units=5, engine="loop", source=source, every_n_train_steps=1)
+    fit(confusion, Seen(), loader(shuffle=False), overfit_batches=2, max_epochs=4)
+    assert len(confusion.last_gram) == 5
+    assert set(Seen.measured) <= {float(x) for x in Data().x[:8, 0]}
 
 
 def test_units_of_a_batch_size_each():
@@ -566,12 +614,11 @@ def test_not_finite_is_logged_as_nan_and_said_once():
 def test_falling_back_is_said_once_with_the_reason(caplog):
     class Branches(Plain):
         def loss(self, batch):
-            loss = super().loss(batch)
-            return loss if loss > 0 else -loss
+            return super().loss(batch) * (1 + float(batch[0].sum()))  # another number for each unit
 
     _say_once.cache_clear()
     with caplog.at_level(logging.INFO, "lightning_gradconf"):
-        fit(GradientConfusionCallback(every_n_train_steps=1), Branches())
+        fit(GradientConfusionCallback(every_n_train_steps=1), Branches(), loader(batch_size=24))
     messages = [record.getMessage() for record in caplog.records if record.name == "lightning_gradconf"]
     assert len(messages) == 1 and "Branches" in messages[0] and "engine='loop'" in messages[0]
 

@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lightning_gradconf import GradientConfusionCallback
 from lightning_gradconf.batches import sources as source
 from lightning_gradconf.batches import units
-from lightning_gradconf.gram import select
+from lightning_gradconf.gram.ranks import data_parallel
 from lightning_gradconf.reports import report
 
 
@@ -100,12 +100,13 @@ FUNCTIONS: dict[str, tuple[Any, str]] = {
     "drawing": (source, "draw"),
     "unit split": (units, "split"),
     "isolation": (torch.compiler, "set_stance"),  # in the middle of putting it up
-    "contraction": (select, "blockwise"),
+    "contraction": (data_parallel, "blockwise"),
     "statistics": (report, "gradient_statistics"),
     "histogram": (SummaryWriter, "add_histogram"),
 }
 STAGES = [
-    *((stage, "auto") for stage in (*FUNCTIONS, "on_train_batch_start", "logger")),
+    *((stage, "auto") for stage in (*FUNCTIONS, "on_train_batch_start", "logger") if stage != "contraction"),
+    ("contraction", "loop"),  # what the other engines contract is left to it
     *((stage, engine) for stage in ("forward", "backward") for engine in ("auto", "vmap", "loop")),
 ]
 

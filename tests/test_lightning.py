@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from importlib import import_module
@@ -71,10 +72,10 @@ def test_misuse_is_the_namespaces_own_exception(lightning):
         GradientConfusionCallback(every_n_train_steps=1, every_n_epochs=1)
 
 
-def run_cli(lightning, boring, *args):
+def run_cli(lightning, boring, *args, run=True):
     cli = import_module(f"{lightning.__name__}.cli")
     defaults = OPTIONS | {"accelerator": "cpu", "max_steps": 2, "log_every_n_steps": 1}
-    options = {"trainer_defaults": defaults, "save_config_callback": None, "seed_everything_default": 1}
+    options = {"trainer_defaults": defaults, "save_config_callback": None, "seed_everything_default": 1, "run": run}
     return cli.LightningCLI(boring, args=list(args), **options)
 
 
@@ -91,6 +92,60 @@ def test_command_line_flags(lightning, boring):
     cli = run_cli(lightning, boring, "fit", f"--trainer.callbacks+={CLASS}", *flags)
     (confusion,) = confusions(cli)
     assert (confusion.every_n_train_steps, confusion.unit_size, confusion.last_step) == (2, "batch", 1)
+
+
+def classes(batch):
+    return batch.argmax(1)
+
+
+def loss(module, batch):
+    return module.layer(batch).sum()
+
+
+@pytest.mark.parametrize(
+    ("option", "attribute", "value"),
+    [
+        ("labels=1", "labels", 1),
+        ("labels=label", "labels", "label"),
+        ("labels=test_lightning.classes", "labels", classes),
+        ("loss_fn=test_lightning.loss", "loss_fn", loss),
+        ("per_layer=1", "per_layer", 1),
+        ("per_layer=true", "per_layer", True),
+        ("unit_size=2", "unit_size", 2),
+        ("memory_budget=2GB", "memory_budget", "2GB"),
+        ("memory_budget=1000000000", "memory_budget", 10**9),
+        ("parameters=layer.*", "parameters", "layer.*"),
+        ("statistics=[eta,seconds]", "statistics", ("eta", "seconds")),
+        ("max_overhead=null", "max_overhead", None),
+    ],
+)
+def test_what_arrives_from_the_command_line(option, attribute, value, lightning, boring):
+    flags = [f"--trainer.callbacks+={CLASS}", f"--trainer.callbacks.{option}"]
+    (confusion,) = confusions(run_cli(lightning, boring, *flags, run=False))
+    found = getattr(confusion, attribute)
+    if callable(value):
+        assert found.__name__ == value.__name__ and found.__module__ == "test_lightning"
+    else:
+        assert found == value and type(found) is type(value)
+
+
+def test_printed_config_has_every_argument_and_reads_back(lightning, boring, tmp_path, capsys):
+    given = {
+        "every_n_train_steps": 3, "every_n_epochs": None, "max_overhead": 0.1, "num_units": 5, "unit_size": 1,
+        "source": "fresh", "engine": "loop", "memory_budget": "1GB", "parameters": ["layer.*"],
+        "loss_fn": "test_lightning.loss", "dropout": True, "statistics": ["eta"], "per_layer": 1, "histogram": False,
+        "figures": True, "top_pairs": 2, "labels": 1, "prefix": "a", "prog_bar": True, "seed": 3, "verify": True,
+    }  # fmt: skip
+    assert list(given) == [p for p in inspect.signature(GradientConfusionCallback.__init__).parameters if p != "self"]
+    config = {"trainer": {"callbacks": [{"class_path": CLASS, "init_args": given}]}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit):
+        run_cli(lightning, boring, f"--config={tmp_path}/config.yaml", "--print_config", run=False)
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["trainer"]["callbacks"][0]["init_args"] == given
+    (tmp_path / "printed.yaml").write_text(printed)
+    (confusion,) = confusions(run_cli(lightning, boring, f"--config={tmp_path}/printed.yaml", run=False))
+    assert confusion.max_overhead == 0.1 and confusion.loss_fn.__name__ == "loss"
 
 
 def test_yaml_and_printed_config_round_trip(lightning, boring, tmp_path, capsys):

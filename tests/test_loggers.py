@@ -142,7 +142,11 @@ def test_units_without_classes_have_no_statistics_of_classes():
 
 @pytest.mark.parametrize(
     ("labels", "what"),
-    [("image", r"one whole number .* found torch.float32 \(1, 1, 1, 2\)"), ("class", "KeyError: 'class'")],
+    [
+        ("image", r"one whole number .* found torch.float32 \(1, 1, 1, 2\)"),
+        ("class", "labels='class' is not in the batch, which has the keys 'image', 'label'"),
+        (1, "labels=1 is not in"),
+    ],
 )
 def test_labels_that_are_none_are_said_once(labels, what):
     with pytest.warns(UserWarning, match=what) as warned:
@@ -184,6 +188,14 @@ def everywhere(tmp_path, monkeypatch) -> Iterator[dict[str, Any]]:
     fit(confusion, logger=list(loggers.values()))
     yield loggers | {"last": confusion.last_statistics}
     wandb.finish()
+
+
+def rows_of(logger: Logger) -> list[dict[str, Any]]:
+    """The rows of a logger with what is ours."""
+    if isinstance(logger, Rows):
+        return [row for _, row in logger.rows if f"{PREFIX}/eta" in row]
+    with open(Path(logger.log_dir, "metrics.csv"), newline="") as file:
+        return [row for row in csv.DictReader(file) if row[f"{PREFIX}/eta"]]
 
 
 FIGURES = {"heatmap", "density", "classes", "layers"}
@@ -234,6 +246,11 @@ def test_each_logger_gets_what_it_can_show(everywhere):
     assert {path.name.split("_")[0] for path in (pictures / "images" / PREFIX).iterdir()} == FIGURES
     (table, *_) = (pictures / "table" / PREFIX).glob("top_pairs*.json")
     assert json.loads(table.read_text())["columns"] == ["cosine", "first", "second", "labels"]
+
+    for logger in ("csv", "unknown"):  # as in Lightning's own rows
+        assert [int(row["epoch"]) for row in rows_of(everywhere[logger])] == [0, 1, 3]
+    epochs = mlflow.experiment.get_metric_history(mlflow.run_id, "epoch")
+    assert {(metric.step, metric.value) for metric in epochs} >= {(step, float(step)) for step in STEPS}
 
     rows = everywhere["unknown"].of(ours=True)
     assert [step for step, _ in rows] == STEPS

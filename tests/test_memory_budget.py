@@ -28,12 +28,14 @@ from lightning_gradconf.batches.units import split
 from lightning_gradconf.gram import blockwise as blocks
 from lightning_gradconf.gram import memory_budget as budget
 from lightning_gradconf.gram.blockwise import Plan, blockwise, plan
-from lightning_gradconf.gram.ghost import rules
-from lightning_gradconf.gram.measurement_mode import MeasuredLayers
+from lightning_gradconf.gram.ghost import functorch, rules
+from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.memory_budget import units_at_once
 from lightning_gradconf.gram.objective import objective, sizes
+from lightning_gradconf.gram.ranks.process_group import Ranks
 from lightning_gradconf.gram.select import gram_of_units
 
+RANKS = Ranks(torch.device("cpu"))
 N = 12
 
 
@@ -233,22 +235,23 @@ def test_auto_takes_the_engine_whose_passes_fit(together, used):
     x, y = batch()
     units = [(x[i : i + 2], y[i : i + 2]) for i in range(0, N, 2)]
     target = objective(mlp(), loss)
-    with MeasuredLayers(running_statistics=False, dropout=False):
+    with MeasurementMode(running_statistics=False, dropout=False):
         room = max(4 * together * budget._kept(target, units[0]), blocks.least(sizes(mlp().parameters())))
-    grams, name = gram_of_units(target, units, 2, memory_budget=room, usual=2)
+    grams, name = gram_of_units(RANKS, target, units, 2, memory_budget=room, ordinary=2)
     assert name == used
-    whole, _ = gram_of_units(target, units, 2, "loop")
+    whole, _ = gram_of_units(RANKS, target, units, 2, "loop")
     torch.testing.assert_close(grams, whole, rtol=1e-12, atol=1e-12)
 
 
-def test_auto_leaves_single_units_to_the_loop():
+def test_auto_leaves_single_units_to_the_loop(monkeypatch):
     """In blocks torch.func would batch nothing, and the loop is the faster one."""
-    module = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3)).double()  # not for ghost
+    monkeypatch.setattr(functorch, "MISSING", "the ghost engine is not available")
+    module = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3)).double()
     x, y = batch()
     units = [(x[i : i + 2], y[i : i + 2]) for i in range(0, N, 2)]
     target = objective(module, loss)
-    whole, first = gram_of_units(target, units, 2)
-    grams, then = gram_of_units(target, units, 2, memory_budget=budget_for(module, 4))
+    whole, first = gram_of_units(RANKS, target, units, 2)
+    grams, then = gram_of_units(RANKS, target, units, 2, memory_budget=budget_for(module, 4))
     assert (first, then) == ("vmap", "loop")
     torch.testing.assert_close(grams, whole, rtol=1e-12, atol=1e-12)
 
@@ -262,9 +265,9 @@ def test_gradients_that_ghost_has_to_form_stay_within_the_budget(monkeypatch):
         (bilinear, 5 * 4 * 2, "loop"),  # as torch.func would have to go unit by unit
     ]:
         target, units = objective(module, loss_fn), split(batch, 1)
-        whole, _ = gram_of_units(target, units, 1, "loop")
+        whole, _ = gram_of_units(RANKS, target, units, 1, "loop")
         for room, used in ((6 * formed * 8, "ghost"), (6 * formed * 8 - 1, other)):
-            grams, name = gram_of_units(target, units, 1, memory_budget=room)
+            grams, name = gram_of_units(RANKS, target, units, 1, memory_budget=room)
             assert name == used
             torch.testing.assert_close(grams, whole, rtol=1e-10, atol=1e-12)
 

@@ -20,21 +20,6 @@ from torch.utils.checkpoint import checkpoint
 Case = tuple[nn.Module, Callable[[nn.Module, Any], Tensor], Any]
 ZOO: dict[str, Callable[[], Case]] = {}
 NO_VMAP: set[str] = set()  # torch.func cannot transform these: auto must notice
-GHOST_AT_ONE = {"batchnorm"}  # with units of one sample, for which BatchNorm takes its running statistics
-NO_GHOST = {  # one pass over all units does not give the gradients of single units, at one unit size at least
-    "batch_reordered_in_forward",
-    "batchnorm",
-    "checkpoint_with_reentry",
-    "checkpoint_without_reentry",
-    "complex_parameter",
-    "contrastive_loss",
-    "data_dependent_branch",
-    "frozen_parameter_written_in_forward",
-    "in_batch_negatives",
-    "item_in_the_loss",
-    "mean_over_tokens_that_are_not_padding",
-    "experts_chosen_by_the_data",
-}
 
 
 def case(function: Callable[[], Case]) -> Callable[[], Case]:

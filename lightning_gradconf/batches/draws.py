@@ -7,7 +7,7 @@ workers. Draws go through a new loader over the same dataset, in the main proces
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -68,9 +68,14 @@ def class_of(batch: Any, labels: str | int | Callable[[Any], Any]) -> int:
         labels: The key or index of the classes in it, or a function of it.
 
     Raises:
-        ValueError: What is found there is not one whole number.
+        ValueError: There is nothing, or not one whole number.
     """
-    found = labels(batch) if callable(labels) else batch[labels]
+    try:
+        found = labels(batch) if callable(labels) else batch[labels]
+    except (KeyError, IndexError, TypeError) as error:
+        if callable(labels):
+            raise
+        raise ValueError(f"labels={labels!r} is not in the batch, {_entries(batch)}") from error
     label = torch.as_tensor(found)
     if label.numel() != 1 or label.is_floating_point():
         raise ValueError(
@@ -78,6 +83,15 @@ def class_of(batch: Any, labels: str | int | Callable[[Any], Any]) -> int:
             f"{tuple(label.shape)}; pass a function of the batch that gives its class"
         )
     return int(label)
+
+
+def _entries(batch: Any) -> str:
+    """What a batch has its classes under, in words."""
+    if isinstance(batch, Mapping):
+        return f"which has the keys {', '.join(map(repr, batch))}"
+    if isinstance(batch, list | tuple):
+        return f"a {type(batch).__name__} of {len(batch)}: give an index such as labels={len(batch) - 1}"
+    return f"a {type(batch).__name__}: give a function of the batch that returns its class"
 
 
 def size_of(batch: Any) -> int | None:
@@ -89,7 +103,12 @@ def size_of(batch: Any) -> int | None:
 
 
 def draw(
-    trainer: Trainer, module: LightningModule, num_units: int, unit_size: int | str, seed: Sequence[int]
+    trainer: Trainer,
+    module: LightningModule,
+    num_units: int,
+    unit_size: int | str,
+    seed: Sequence[int],
+    indices: Sequence[Sequence[int]] | None = None,
 ) -> list[Unit]:
     """Return units of samples drawn from the training dataset without replacement, on the module's device.
 
@@ -99,6 +118,7 @@ def draw(
         num_units: How many units; fewer if the dataset is smaller.
         unit_size: Samples in a unit; ``"batch"`` is the batch size of the training loader.
         seed: Whatever the draw shall depend on, and nothing else does it depend on.
+        indices: Those of an earlier draw, for each unit; None draws them.
 
     Raises:
         ValueError: The training data are no single DataLoader with a dataset that can be indexed.
@@ -118,11 +138,16 @@ def draw(
         population: Sequence[int] = range(len(loader.dataset))
     else:  # one that keeps to a part of the dataset, or prefers some of it
         population = list(chain.from_iterable(batches) if sampler is None else sampler)
-    n = min(num_units, len(population) // size)
-    indices = random.sample(population, n * size)
-    origins = [Origin(tuple(indices[i * size : (i + 1) * size])) for i in range(n)]
+    overfit = trainer.overfit_batches  # type: ignore[attr-defined]
+    if overfit > 0:  # the first batches are all that is trained on, in the order of the dataset
+        population = population[: int(trainer.num_training_batches) * batches.batch_size]
+    if indices is None:
+        n = min(num_units, len(population) // size)
+        drawn_indices = random.sample(population, n * size)
+        indices = [drawn_indices[i * size : (i + 1) * size] for i in range(n)]
+    origins = [Origin(tuple(own)) for own in indices]
     # One batch for units of one sample, so that padding gives them one shape.
-    chunks = [indices] if size == 1 else [list(origin.samples) for origin in origins]
+    chunks = [list(chain.from_iterable(indices))] if size == 1 else [list(own) for own in indices]
     drawn = DataLoader(loader.dataset, batch_sampler=chunks, collate_fn=loader.collate_fn)
     batches = [on_device(trainer, module, batch) for batch in drawn]
     parts = units.split(batches[0], 1) if size == 1 else [units.copy_of(batch) for batch in batches]

@@ -23,10 +23,17 @@ class Source:
         num_units: How many units a measurement compares at most.
         seed: Of the draws.
         over_batches: Whether units of the current batches are gathered over several of them.
+        fixed_indices: The indices of an earlier fixed draw, for each unit; None draws them.
     """
 
     def __init__(
-        self, kind: str | DataLoader[Any], unit_size: int | str, num_units: int, seed: int, over_batches: bool
+        self,
+        kind: str | DataLoader[Any],
+        unit_size: int | str,
+        num_units: int,
+        seed: int,
+        over_batches: bool,
+        fixed_indices: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self._kind, self._unit_size, self._num_units, self._seed = kind, unit_size, num_units, seed
         self._over_batches = over_batches or unit_size == "batch"
@@ -34,6 +41,7 @@ class Source:
         self._batch_size: int | None = None
         self._error: Exception | None = None
         self._fixed: list[Unit] | None = None
+        self._fixed_indices = fixed_indices
 
     @property
     def seen(self) -> int:
@@ -81,8 +89,16 @@ class Source:
         if self._kind == "fresh":
             return draw(trainer, module, wanted, self._unit_size, (seed, step, rank))
         if self._fixed is None:
-            self._fixed = draw(trainer, module, wanted, self._unit_size, (seed, rank))
+            self._fixed = draw(trainer, module, wanted, self._unit_size, (seed, rank), self._fixed_indices)
         return self._fixed
+
+    @property
+    def fixed_indices(self) -> Sequence[Sequence[int]] | None:
+        """The indices of the fixed draw, for each unit; None if there is none, or they are not known."""
+        if self._fixed is None:
+            return self._fixed_indices
+        indices = [unit.origin.samples for unit in self._fixed]
+        return indices if all(indices) else None
 
     def drawn_from(self, trainer: Trainer) -> Sequence[Any]:
         """Return what `units` changes, to be put back."""
@@ -93,4 +109,5 @@ class Source:
     def forget(self) -> None:
         """Release the batches kept."""
         self._recent.clear()
+        self._fixed_indices = self.fixed_indices
         self._fixed = None

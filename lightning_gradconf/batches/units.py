@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -151,6 +151,12 @@ def stack(units: Sequence[Any]) -> tuple[list[Tensor], Callable[[Sequence[Tensor
         return _map(lambda leaf: next(remaining) if isinstance(leaf, Tensor) else leaf, units[0])
 
     return tensors, unit
+
+
+def shapes_of(unit: Any) -> Hashable:
+    """Return what units must have in common to be stacked: where their tensors are, their shapes and types."""
+    leaves = [(path, leaf) for path, leaf in _leaves(unit) if isinstance(leaf, Tensor)]
+    return tuple((path, leaf.shape, leaf.dtype) for path, leaf in leaves)
 
 
 def differ_beside_tensors(units: Sequence[Any]) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_gradconf.gram.memory_budget import megabytes
 from lightning_gradconf.gram.module_state import random_states
 
 log = logging.getLogger("lightning_gradconf")
@@ -78,11 +79,6 @@ def _say_once(n: int, size: int, made: Plan) -> None:
         f"others computed again to be paired with them, {made.passes / n - 1:.1f} extra passes over the units. Raise "
         "memory_budget or lower num_units to be faster."
     )
-
-
-def megabytes(size: int) -> str:
-    """Return a number of bytes as people read it."""
-    return f"{size / 1e6:.3g} MB" if size < 1e9 else f"{size / 1e9:.3g} GB"
 
 
 def blockwise(

@@ -47,24 +47,20 @@ def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, 
 
 
 def _differentiate(objective: Objective, loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """The gradient of the loss for each leaf, None where it does not depend on it.
+    """Return the gradient of the loss for each leaf, None where it does not depend on it.
 
     A loss may also reach the module's own parameters, through a list in which it or the user keeps them.
     """
+    if _has_custom_node(loss):
+        # A Function may run a backward pass of its own, as checkpoints with reentry do. What that finds is put into
+        # `grad`, and is no gradient of the loss for who asks for the gradients of some leaves.
+        return _differentiate_everything(objective, loss, leaves)
     # A forward pass may freeze some of either.
     own = {name: p for name, p in objective.parameters.items() if p.requires_grad}
     live = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    try:
-        gradients = run_backward(loss, (*live.values(), *own.values()), keep_graph=True)
-    except RuntimeError as error:
-        if "use_reentrant" not in str(error):
-            raise
-        return _differentiate_everything(objective, loss, leaves)
+    gradients = run_backward(loss, (*live.values(), *own.values()), keep_graph=True)
     found = dict(zip(live, gradients[: len(live)], strict=True))
     more = dict(zip(own, gradients[len(live) :], strict=True))
-    if any(gradient is None for gradient in found.values()) and _has_custom_node(loss):
-        # A reentrant checkpoint keeps quiet about the parameters inside it unless everything is differentiated.
-        return _differentiate_everything(objective, loss, leaves)
     return {name: _sum(found.get(name), more.get(name)) for name in leaves}
 
 

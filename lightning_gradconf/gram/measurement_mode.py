@@ -38,7 +38,7 @@ _PROBABILITY: dict[Callable[..., Any], tuple[int, str]] = {
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
-class MeasuredLayers(TorchFunctionMode):
+class MeasurementMode(TorchFunctionMode):
     """Within this context, BatchNorm never touches its buffers, and dropout is off if asked.
 
     Args:
@@ -56,21 +56,27 @@ class MeasuredLayers(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call ``func`` with the arguments it has while measuring."""
-        kwargs = kwargs or {}
-        if func is F.batch_norm:
-            return _batch_norm(self.running_statistics, *args, **kwargs)
-        if func is F.instance_norm:
-            return _instance_norm(*args, **kwargs)
-        if not self.dropout:
-            if func in _PROBABILITY:
-                args, kwargs = _replaced(*_PROBABILITY[func], args, kwargs)
-            elif func in _RECURRENT:
-                packed = isinstance(args[1], Tensor) and not args[1].is_floating_point()
-                args, kwargs = _replaced(6 if packed else 5, "dropout", args, kwargs)
+        args, kwargs = self.arguments(func, args, kwargs or {})
         return func(*args, **kwargs)
 
+    def arguments(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments that a call has while measuring."""
+        if func is F.batch_norm:
+            return _batch_norm(self.running_statistics, *args, **kwargs), {}
+        if func is F.instance_norm:
+            return _instance_norm(*args, **kwargs), {}
+        if not self.dropout:
+            if func in _PROBABILITY:
+                return _without_dropout(*_PROBABILITY[func], args, kwargs)
+            if func in _RECURRENT:
+                packed = isinstance(args[1], Tensor) and not args[1].is_floating_point()
+                return _without_dropout(6 if packed else 5, "dropout", args, kwargs)
+        return args, kwargs
 
-def _replaced(
+
+def _without_dropout(
     position: int, keyword: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments with a probability of zero."""
@@ -89,13 +95,13 @@ def _batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Tensor:
-    if not training:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    if running_statistics and running_mean is not None:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    # Without buffers the output is the same, nothing is updated, and torch.func can batch it.
-    return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
+) -> tuple[Any, ...]:
+    if training and running_statistics and running_mean is not None:
+        training = False
+    elif training:
+        # Without buffers the output is the same, nothing is updated, and torch.func can batch it.
+        running_mean = running_var = None
+    return input, running_mean, running_var, weight, bias, training, momentum, eps
 
 
 def _instance_norm(
@@ -107,7 +113,7 @@ def _instance_norm(
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Tensor:
+) -> tuple[Any, ...]:
     if use_input_stats:  # the buffers would only be written to
         running_mean = running_var = None
-    return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps

@@ -48,6 +48,11 @@ def bytes_of(memory_budget: int | str) -> int:
     return number
 
 
+def megabytes(size: int) -> str:
+    """Return a number of bytes as people read it."""
+    return f"{size / 1e6:.3g} MB" if size < 1e9 else f"{size / 1e9:.3g} GB"
+
+
 def bytes_for_gradients(
     memory_budget: int | str | None, smallest: int, device: torch.device, ranks: int = 1
 ) -> int | None:

@@ -45,7 +45,7 @@ def answered(objective: Objective, unit: Any) -> Iterator[Objective]:
 
     Answers are recorded where a metric can be reached from the module, or was called in an earlier measurement. They
     are kept weakly, by module and loss function, and recorded anew in every call whose number is a power of two. To be
-    entered within `untouched` and `MeasuredLayers`.
+    entered within `untouched` and `MeasurementMode`.
     """
     if not _metric_classes():
         yield objective

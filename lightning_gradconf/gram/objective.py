@@ -126,24 +126,29 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype in (torch.float64, torch.complex128) else torch.float32
 
 
+def upcast(x: Tensor) -> Tensor:
+    """Return ``x`` in the precision that inner products are accumulated in."""
+    return x.to(accumulation_dtype(x))
+
+
 def contract(rows: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the Gram ``(n, n)`` of each matrix of gradients ``(n, numel)``, releasing each after its use."""
     return {name: (row := rows.pop(name)) @ row.T for name in list(rows)}
 
 
 def run_backward(
-    loss: Tensor, targets: tuple[Tensor | GradientEdge, ...], keep_graph: bool
+    output: Tensor, targets: Sequence[Tensor | GradientEdge], *, keep_graph: bool, seed: Tensor | None = None
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of ``targets``, or without any, put all gradients into the ``grad`` of their leaves.
 
-    `torch.autograd.grad` and `backward` suspend MeasuredLayers, and a checkpoint calls layers in the backward pass.
+    `torch.autograd.grad` and `backward` suspend MeasurementMode, and a checkpoint calls layers in the backward pass.
     """
     gradients: tuple[Tensor | None, ...] = torch.autograd.Variable._execution_engine.run_backward(
-        (loss,),
-        (torch.ones_like(loss),),
+        (output,),
+        (torch.ones_like(output) if seed is None else seed,),
         keep_graph,
         False,
-        targets,
+        tuple(targets),
         allow_unreachable=True,
         accumulate_grad=not targets,
     )

@@ -1,10 +1,9 @@
-"""Engines: from a module, its loss and n units to the Gram of the units' gradients.
+"""Which engine measures: a function of the module, its loss and n units, for one process and for several.
 
-Each engine is a function of an objective and units, and all give the same numbers. `gradient_gram` chooses one:
+All engines give the same numbers, and ``auto`` takes the first that can:
 
-* ``ghost``: one pass over all units, and inner products from the factors of their gradients. Needs units that do not
-  influence one another; that is checked.
-* ``vmap``: all units at once through torch.func. Needs a module that torch.func can transform and units of one shape.
+* ``ghost``: one pass over all units, and inner products from the factors of their gradients.
+* ``vmap``: the gradients of all units at once, through torch.func.
 * ``loop``: one autograd pass a unit. Works wherever training works.
 """
 
@@ -12,7 +11,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -20,15 +20,21 @@ from torch import Tensor, nn
 
 from lightning_gradconf.batches.units import num_samples, split
 from lightning_gradconf.gram import loop, vmap
-from lightning_gradconf.gram.blockwise import Progress, Rows, blockwise, least, plan, repeatable
+from lightning_gradconf.gram.blockwise import Progress, Rows, least, plan, repeatable
+from lightning_gradconf.gram.findings import Findings, findings_of
 from lightning_gradconf.gram.ghost import engine as ghost
-from lightning_gradconf.gram.measurement_mode import MeasuredLayers
-from lightning_gradconf.gram.memory_budget import bytes_for_gradients, units_at_once
+from lightning_gradconf.gram.measurement_mode import MeasurementMode
+from lightning_gradconf.gram.memory_budget import units_at_once
 from lightning_gradconf.gram.metric_answers import answered
 from lightning_gradconf.gram.module_state import untouched
 from lightning_gradconf.gram.objective import LossFn, Objective, objective, sizes
+from lightning_gradconf.gram.ranks.data_parallel import agreed_budget, contract, gram_of_factors
+from lightning_gradconf.gram.ranks.process_group import Ranks
 
 Engine = Literal["auto", "ghost", "vmap", "loop"]
+Differentiator = Callable[[Objective], Callable[[Sequence[Any]], Rows]]
+_ENGINES = ("ghost", "vmap", "loop")
+_TRIES = 2  # of an engine that fails, before it is left alone
 log = logging.getLogger("lightning_gradconf")
 
 
@@ -59,7 +65,8 @@ def gradient_gram(
             number must be a multiple of ``unit_size``.
         unit_size: Samples behind each gradient.
         engine: ``"ghost"`` takes one pass over all units and never holds all gradients, ``"vmap"`` forms all,
-            ``"loop"`` one after the other; ``"auto"`` is the first of them that can.
+            ``"loop"`` one after the other; ``"auto"`` is the first of them that can. What the first call verifies,
+            later calls for the same module and kind of batch use.
         parameters: Glob patterns on the names of parameters; None is all that require grad.
         dropout: Leave dropout on, with masks of its own for each unit.
         memory_budget: Bytes, or a text like ``"2GB"``, that ``vmap`` and ``loop`` may fill with gradients, beside what
@@ -95,69 +102,123 @@ def gradient_gram(
     target = objective(module, loss_fn, parameters)
     with untouched(module):
         units = split(batch, unit_size)
-        grams, _ = gram_of_units(target, units, unit_size, engine, dropout, memory_budget=memory_budget)
+        options: dict[str, Any] = {"dropout": dropout, "memory_budget": memory_budget}
+        grams, _ = gram_of_units(Ranks(target.device), target, units, unit_size, engine, **options)
     return grams
 
 
 def gram_of_units(
-    target: Objective,
+    ranks: Ranks,
+    objective: Objective,
     units: Sequence[Any],
     unit_size: int | None,
     engine: str = "auto",
+    *,
     dropout: bool = False,
-    memory: ghost.Memory | None = None,
     memory_budget: int | str | None = None,
     progress: Progress | None = None,
-    usual: int | None = None,
+    ordinary: int | None = None,
 ) -> tuple[dict[str, Tensor], str]:
-    """Return the Gram of each parameter, and the name of the engine that made them.
+    """Return the Gram ``(ranks * n, ranks * n)`` of each parameter in rank order, and the engine that made them.
 
-    ``unit_size`` is the samples in each unit, None if they cannot be told. With ``engine="auto"``, what cannot be
-    measured in one pass goes through torch.func, and what torch.func cannot transform through the loop; the reason is
-    logged once. Give the same ``memory`` to all measurements of a run. ``progress`` is called while gradients are
-    computed one after the other, with their number so far and in all. ``usual`` is the samples in an ordinary pass, if
-    all units together may be too many for one; None if they are not.
+    All ranks use the same engine, also where only one of them has to fall back. With ``engine="auto"`` the reason for
+    a slower engine is logged once.
+
+    Args:
+        ranks: The processes that measure; without a group it is one.
+        objective: What to differentiate.
+        units: This rank's n units.
+        unit_size: Samples in each unit, None if they cannot be counted.
+        engine: One of `Engine`.
+        dropout: Leave dropout on.
+        memory_budget: What each rank may fill with gradients; all follow the plan of the least.
+        progress: Called while gradients are computed one after the other, with their number so far and in all.
+        ordinary: Samples in an ordinary pass, if all units together may be too many for one.
     """
-    n, bytes_of_each = len(units), sizes(target.parameters.values())
-    budget = bytes_for_gradients(memory_budget, least(bytes_of_each), target.device)
+    if engine != "auto" and engine not in _ENGINES:
+        raise ValueError(f"engine={engine!r} is not one of 'auto', {', '.join(map(repr, _ENGINES))}")
+    bytes_of_each = sizes(objective.parameters.values())
+    budget = agreed_budget(ranks, memory_budget, least(bytes_of_each))
+    mode = MeasurementMode(running_statistics=unit_size == 1, dropout=dropout)
+    findings = findings_of(objective.module, objective.loss_fn)
+    with ExitStack() as stack:
+        with mode:
+            objective = stack.enter_context(answered(objective, units[0]))
+            fits = lambda: units_at_once(objective, units, unit_size, ordinary, budget)  # noqa: E731
+            together = len(units) if engine == "loop" else ranks.minimum(ranks.on_all(fits))
+        call = _Call(ranks, objective, units, engine, mode, findings, budget, together, progress)
+        return call.by_first_that_can() if engine == "auto" else (call.by(engine), engine)
 
-    def by(gradients: Callable[[Sequence[Any]], Rows], chunk_size: int | None = None) -> dict[str, Tensor]:
-        made = plan(n, bytes_of_each, budget, chunk_size)
-        if engine == "auto" and chunk_size is None and made.chunk == 1 and made.block < n:
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of `gram_of_units`, with what it has agreed upon: ``together`` is how many units may share a pass."""
+
+    ranks: Ranks
+    objective: Objective
+    units: Sequence[Any]
+    engine: str
+    mode: MeasurementMode
+    findings: Findings
+    budget: int
+    together: int
+    progress: Progress | None
+
+    def by_first_that_can(self) -> tuple[dict[str, Tensor], str]:
+        """Measure with the fastest engine that can, and say why with none faster."""
+        reasons: list[str] = []
+        for name in _ENGINES[:-1]:
+            if (reason := self._reason_to_skip(name)) is None:
+                try:
+                    # A pass that fails halfway may leave half a state behind; one that has worked should go on to.
+                    with nullcontext() if self.findings.has_worked(name) else untouched(self.objective.module):
+                        grams = self.by(name)
+                except Exception as error:
+                    reason = in_words(error)
+                    self.findings.note_failure(name, reason)
+                else:
+                    self.findings.note_success(name)
+                    _say_why(self.objective, name, reasons)
+                    return grams, name
+            reasons.append(f"{name}: {reason}")
+        grams = self.by("loop")  # an error that is the user's own comes up again here
+        _say_why(self.objective, "loop", reasons)
+        return grams, "loop"
+
+    def by(self, engine: str) -> dict[str, Tensor]:
+        """Measure with one engine."""
+        if engine == "ghost":
+            return self._by_factors()
+        if engine == "vmap":
+            return self._by_gradients(vmap.differentiator, self.together if self.together < len(self.units) else None)
+        return self._by_gradients(loop.differentiator, 1)
+
+    def _by_factors(self) -> dict[str, Tensor]:
+        how = (self.objective, self.units, self.mode, self.findings, self.budget)
+        if self.ranks.size == 1:
+            return ghost.unit_grams(*how)
+        factors = self.ranks.on_all(lambda: ghost.unit_factors(*how))
+        workspace = self.findings.workspace
+        return gram_of_factors(self.ranks, self.objective.parameters, factors, len(self.units), workspace)
+
+    def _by_gradients(self, differentiator: Differentiator, at_once: int | None) -> dict[str, Tensor]:
+        bytes_of_each = sizes(self.objective.parameters.values())
+        made = plan(len(self.units), bytes_of_each, self.budget, at_once)
+        if self.engine == "auto" and at_once is None and made.chunk == 1 and made.block < len(self.units):
             raise RuntimeError("the memory budget has no room for gradients of several units beside those held")
-        return blockwise(n, repeatable(gradients, units, made), made, progress=progress)
+        with self.mode:
+            gradients = repeatable(self.ranks.on_all(lambda: differentiator(self.objective)), self.units, made)
+            compute = lambda i, j: self.ranks.on_all(lambda: gradients(i, j))  # noqa: E731
+            return contract(self.ranks, len(self.units), compute, made, sum(bytes_of_each), self.progress)
 
-    engines: dict[str, Callable[[], dict[str, Tensor]]] = {
-        "ghost": lambda: ghost.unit_grams(target, units, unit_size, memory, budget),
-        "vmap": lambda: by(vmap.differentiator(target), at_once if at_once < n else None),
-        "loop": lambda: by(loop.differentiator(target), 1),
-    }
-    if engine != "auto" and engine not in engines:
-        raise ValueError(f"engine={engine!r} is not one of 'auto', {', '.join(map(repr, engines))}")
-    reasons = []
-    layers = MeasuredLayers(running_statistics=unit_size == 1, dropout=dropout)
-    with layers, answered(target, units[0]) as target:
-        at_once = n if engine == "loop" else units_at_once(target, units, unit_size, usual, budget)
-        for name in engines if engine == "auto" else [engine]:
-            if name == "ghost" and engine == "auto" and (n < 2 or dropout):
-                continue  # a mask for all units is not the mask of each
-            if engine == "auto" and at_once < {"ghost": n, "vmap": min(n, 2), "loop": 1}[name]:
-                reasons.append(f"{name}: a pass of several units does not fit the memory budget")
-                continue
-            try:
-                # A pass that fails halfway may leave half a state to the next one; one that has worked may be trusted.
-                tentative = engine == "auto" and name != "loop" and not (memory and name == memory.engine)
-                with untouched(target.module) if tentative else nullcontext():
-                    grams = engines[name]()
-                break
-            except Exception as error:
-                if name == "loop" or engine != "auto":
-                    raise
-                reasons.append(f"{name}: {in_words(error)}")
-    say_why(target, name, reasons)  # only now: an error that is the user's own has come up again in the loop
-    if memory is not None:
-        memory.engine = name
-    return grams, name
+    def _reason_to_skip(self, engine: str) -> str | None:
+        """Return why an engine need not be tried, None if it may work."""
+        n = len(self.units)
+        if n < 2:
+            return "a single unit is measured as it is"
+        if self.together < (n if engine == "ghost" else 2):
+            return "a pass of several units does not fit the memory budget"
+        return self.findings.refused or self.findings.reason_to_skip(engine, _TRIES)
 
 
 def in_words(error: Exception) -> str:
@@ -165,11 +226,11 @@ def in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
-def say_why(target: Objective, engine: str, reasons: Sequence[str]) -> None:
+def _say_why(objective: Objective, engine: str, reasons: Sequence[str]) -> None:
     """Say, once for all measurements, why not a faster engine than this one."""
     if reasons:
         _say_once(
-            f"{type(target.module).__name__} is measured with engine={engine!r}, as faster ones do not apply "
+            f"{type(objective.module).__name__} is measured with engine={engine!r}, as faster ones do not apply "
             f"({'; '.join(reasons)}). Pass engine={engine!r} to choose this without trying."
         )
 

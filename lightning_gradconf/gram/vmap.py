@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
@@ -12,6 +13,7 @@ from lightning_gradconf.batches.units import stack
 from lightning_gradconf.gram.ghost import graph as graphs
 from lightning_gradconf.gram.module_state import rewinder, without_warnings
 from lightning_gradconf.gram.objective import Objective, as_rows
+from lightning_gradconf.gram.plain_autograd import disagreement, in_words
 
 
 def unit_gradients(objective: Objective, units: Sequence[Any]) -> dict[str, Tensor]:
@@ -19,6 +21,7 @@ def unit_gradients(objective: Objective, units: Sequence[Any]) -> dict[str, Tens
 
     Raises:
         ValueError: The units differ in shape.
+        RuntimeError: Plain autograd finds another gradient of one of the units.
         Exception: Whatever torch.func raises for a module that it cannot transform.
     """
     return differentiator(objective)(units)
@@ -27,6 +30,7 @@ def unit_gradients(objective: Objective, units: Sequence[Any]) -> dict[str, Tens
 def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
     """Return `unit_gradients` as a function of the units alone, for calls that share the copies of the module."""
     parameters = {name: p.detach().clone() for name, p in objective.parameters.items()}
+    compared: list[bool] = []
 
     rewind = rewinder(objective.module)
 
@@ -44,7 +48,15 @@ def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, 
             found, losses = per_unit(parameters, *tensors)
         rewind()
         objective.check_leaves(graphs.leaves(losses.grad_fn))
-        return {name: as_rows(found.pop(name), len(units)) for name in list(found)}
+        rows = {name: as_rows(found.pop(name), len(units)) for name in list(found)}
+        if not compared:
+            compared.append(True)
+            narrow = all(p.dtype == torch.float64 for p in parameters.values())
+            first = {name: row[0] for name, row in rows.items()}
+            # Half the precision of float32, since the loss may be under autocast.
+            if errors := disagreement(objective, units[0], first, torch.float64 if narrow else torch.float16):
+                raise RuntimeError(f"a unit by itself has another gradient, {in_words(errors)}")
+        return rows
 
     return gradients
 

@@ -62,8 +62,10 @@ def keywords_only(init: Init) -> Init:
 
 def shown(value: Any) -> str:
     """Return a value as it is written in a call; a function by its name."""
-    if isinstance(value, str | int | float | tuple | list | None):
+    if value is None or isinstance(value, str | int | float):
         return repr(value)
+    if isinstance(value, Sequence):
+        return repr(list(value))
     name = getattr(value, "__qualname__", None)
     return name if name is not None else f"<{type(value).__name__}>"
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from lightning_gradconf.batches import draws
 from lightning_gradconf.batches.draws import Unit
 from lightning_gradconf.batches.units import copy_of
-from lightning_gradconf.gram.measurement_mode import MeasuredLayers
-from lightning_gradconf.gram.ranks import data_parallel, sharded
+from lightning_gradconf.gram.measurement_mode import MeasurementMode
+from lightning_gradconf.gram.ranks import sharded
 from lightning_gradconf.gram.select import gram_of_units
 from lightning_gradconf.reports.report import Measurement
 from lightning_gradconf.training.progress import shown
@@ -61,8 +61,6 @@ def measured_now(session: Session, batch: Any, batch_idx: int, step: int) -> lis
     for part, (gram, engine) in zip(parts, grams, strict=True):
         if ranks.minimum(part.loss.skipped):  # training_step skips this batch
             continue
-        if engine == "loop":  # do not try again what failed
-            session.engines[part.name] = engine
         measurement = Measurement(gram, unit_size, step, engine=engine, name=part.name)
         measured.append(_described(session, measurement, units, classes))
     session.n = len(units) if measured else session.n
@@ -110,7 +108,7 @@ def _classes(session: Session, units: Sequence[Unit]) -> list[int]:
 def _objectives(session: Session, unit: Unit, unit_size: int | None) -> list[StepObjective]:
     """Return the losses of this step, as many as on each other rank, with the parameters each is measured for."""
     settings, ranks = session.settings, session.ranks
-    layers = MeasuredLayers(running_statistics=unit_size == 1, dropout=settings.dropout)
+    layers = MeasurementMode(running_statistics=unit_size == 1, dropout=settings.dropout)
     found = ranks.on_all(lambda: objectives(session.loss, session.module, settings.parameters, unit.batch, layers))
     return found if session.loss.manual is None else found[: ranks.minimum(len(found))]
 
@@ -122,7 +120,7 @@ def _grams(
 
     ``ordinary`` is the number of samples in a batch of the training, None if they cannot be told.
     """
-    batches, target, engine = [unit.batch for unit in units], part.target, session.engines[part.name]
+    batches, target, engine = [unit.batch for unit in units], part.target, session.settings.engine
     with shown(session.trainer) as progress:
         options: dict[str, Any] = {
             "dropout": session.settings.dropout,
@@ -131,10 +129,7 @@ def _grams(
         }
         if session.sharded:
             return sharded.gram_of_units(session.ranks, target, batches, unit_size, **options), "loop"
-        options |= {"usual": ordinary, "memory": session.memories[part.name]}
-        if session.ranks.size > 1:
-            return data_parallel.gram_of_units(session.ranks, target, batches, unit_size, engine, **options)
-        return gram_of_units(target, batches, unit_size, engine, **options)
+        return gram_of_units(session.ranks, target, batches, unit_size, engine, ordinary=ordinary, **options)
 
 
 def _left_no_trace(session: Session, before: dict[str, bytes]) -> bool:

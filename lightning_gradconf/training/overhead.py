@@ -7,9 +7,9 @@ from time import perf_counter
 import torch
 
 # An interval becomes shorter again only where that costs less than this part of what is allowed.
-_MARGIN = 0.5
+_MARGIN = 0.8
 # The times of so many measurements are believed, or of fewer that took so many seconds.
-_ENOUGH, _ENOUGH_SECONDS = 4, 0.5
+_ENOUGH, _ENOUGH_SECONDS = 4, 1.0
 
 
 class Overhead:
@@ -24,9 +24,9 @@ class Overhead:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._started = 0.0
-        self._finished = (0.0, 0)  # when the last measurement was reported, and at which step
-        self._first: tuple[float, int] | None = None  # the same of the first
-        self._count = 0
+        # When the first and the last measurement had been reported, and at which step.
+        self._first = self._finished = (0.0, 0)
+        self._count = -1
         self._measuring = 0.0
 
     def start(self) -> None:
@@ -41,13 +41,12 @@ class Overhead:
 
     def finish(self, step: int) -> None:
         """Count the measurement that began last and has been reported now."""
-        now = perf_counter()
-        if self._first is None:
-            self._first = now, step
+        self._finished = perf_counter(), step
+        self._count += 1
+        if self._count == 0:
+            self._first = self._finished
         else:
-            self._count += 1
-            self._measuring += now - self._started
-        self._finished = now, step
+            self._measuring += self._finished[0] - self._started
 
     @property
     def seconds_of_measurement(self) -> float:
@@ -57,15 +56,23 @@ class Overhead:
     @property
     def seconds_of_step(self) -> float:
         """Mean time of a step of the run, with all that belongs to it, such as loading data and validation."""
-        if self._first is None:
-            return 0.0
-        (began, first), (now, step) = self._first, self._finished
-        return (now - began - self._measuring) / max(1, step - first)
+        (_, first), (_, step) = self._first, self._finished
+        return (self._elapsed - self._measuring) / max(1, step - first)
 
     def share(self, interval: int) -> float:
-        """Return the part of the run's time that measuring takes at an interval in steps."""
-        measuring = self.seconds_of_measurement
-        return measuring / (measuring + interval * self.seconds_of_step) if measuring else 0.0
+        """Return the part of the run's time that measuring takes, if the next one comes after so many steps.
+
+        It is the larger of two parts: of the time from now on, and of all time, with what was measured before.
+        """
+        measuring, steps = self.seconds_of_measurement, interval * self.seconds_of_step
+        if measuring == 0:
+            return 0.0
+        in_all = (self._measuring + measuring) / (self._elapsed + steps + measuring)
+        return max(measuring / (steps + measuring), in_all)
+
+    @property
+    def _elapsed(self) -> float:
+        return self._finished[0] - self._first[0]
 
     def stretch(self, interval: int, present: int, limit: float) -> int:
         """Return the power of two to multiply an interval by, so that measuring takes at most ``limit`` of the time.

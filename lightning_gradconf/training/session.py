@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from lightning_gradconf.batches import draws
 from lightning_gradconf.batches.sources import Source
-from lightning_gradconf.gram.ghost.engine import Memory
 from lightning_gradconf.gram.ranks.process_group import Ranks, joined
 from lightning_gradconf.gram.ranks.sharded import is_sharded
 from lightning_gradconf.gram.select import in_words
@@ -45,6 +44,11 @@ def reason_not_to_start(settings: GradientConfusionCallback, trainer: Trainer, m
         return reason
     if any(settings.source is loader for loader in draws.training_loaders(trainer)):
         return "source= is the training loader itself, whose order would change; use source='fresh'"
+    names = [name for name, _ in module.named_parameters()]
+    for pattern in [settings.parameters] if isinstance(settings.parameters, str) else settings.parameters or []:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            like = ", ".join(map(repr, names[:5]))
+            return f"parameters={pattern!r} matches none of the {len(names)} parameters; their names are like {like}"
     if settings.every_n_epochs is None and _interval(settings, trainer) == 0:
         return "Trainer(log_every_n_steps=0) means never; pass every_n_train_steps= to measure"
     return None
@@ -73,9 +77,8 @@ class Session:
         ranks: The processes that measure together.
         sharded: Whether the module is sharded over the ranks, so that a unit spans all of them.
         loss: The loss of a batch.
-        engines: The engine asked for, for each loss of the step by its name; the loop, once no other could be used.
-        memories: What ghost has found out about each loss.
         reports: What is reported of the measurements of each loss.
+        fixed: The indices of a fixed draw, for each unit of each rank; empty before, and for other sources.
         last_batch: The last batch that was trained on, its index and its step, where the end of an epoch needs it.
     """
 
@@ -87,15 +90,17 @@ class Session:
         self.n: int | None = None
         self.schedule = Schedule(_interval(settings, trainer), settings.every_n_epochs)
         self.overhead = Overhead(module.device)
+        self.fixed: list[Any] = []
         self._load(state)
         over_batches = settings.every_n_epochs is not None
-        self.source = Source(settings.source, settings.unit_size, settings.num_units, settings.seed, over_batches)
         several = trainer.world_size > 1
+        fixed = self.fixed[trainer.global_rank] if len(self.fixed) == trainer.world_size else None
+        self.source = Source(
+            settings.source, settings.unit_size, settings.num_units, settings.seed, over_batches, fixed
+        )
         self.ranks = joined(module.device, collective_timeout(trainer)) if several else Ranks(module.device)
         manual = None if module.automatic_optimization or settings.loss_fn else ManualOptimization(trainer, module)
         self.loss = StepLoss(trainer, settings.loss_fn, manual)
-        self.engines: defaultdict[str, str] = defaultdict(lambda: settings.engine)
-        self.memories: defaultdict[str, Memory] = defaultdict(Memory)
         self.reports: dict[str, Report] = {}
         self.last_batch: tuple[Any, int, int] | None = None
         self.sharded = is_sharded(module)
@@ -115,6 +120,7 @@ class Session:
             "owed": self.schedule.owed,
             "stretch": self.schedule.stretch,
             "last_measured": self.schedule.last_step,
+            "fixed": self.fixed,
         }
 
     def _load(self, state: Mapping[str, Any]) -> None:
@@ -124,6 +130,7 @@ class Session:
         self.n = state["n"]
         self.schedule.owed, self.schedule.stretch = state["owed"], state["stretch"]
         self.schedule.last_step = state["last_measured"]
+        self.fixed = state["fixed"]
 
     # ---- when -------------------------------------------------------------------------------------------------------
 
@@ -185,6 +192,8 @@ class Session:
         if measurements:
             self.schedule.done(step)
             self._failures = 0
+            if self.settings.source == "fixed" and not self.fixed:
+                self.fixed = self.ranks.gather([self.source.fixed_indices])
         return [replace(measurement, seconds=self.overhead.elapsed()) for measurement in measurements]
 
     def report_on(self, name: str) -> Report:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_gradconf.batches.units import copy_of
-from lightning_gradconf.gram.measurement_mode import MeasuredLayers
+from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.metric_answers import answered
 from lightning_gradconf.gram.module_state import random_states, restore_mapping, untouched, without_warnings
 from lightning_gradconf.gram.objective import Objective, objective
@@ -161,7 +161,7 @@ class StepObjective(NamedTuple):
 
 
 def objectives(
-    loss: StepLoss, module: LightningModule, parameters: str | Sequence[str] | None, unit: Any, layers: MeasuredLayers
+    loss: StepLoss, module: LightningModule, parameters: str | Sequence[str] | None, unit: Any, layers: MeasurementMode
 ) -> list[StepObjective]:
     """Return what is measured of a step: its loss, or with manual optimization each of its losses.
 

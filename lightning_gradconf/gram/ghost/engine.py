@@ -1,118 +1,273 @@
-"""The Gram of the units' gradients from one pass over all units, without forming the gradients.
+"""The Gram of the units' gradients from one forward pass over all units, without forming the gradients.
 
-One forward pass of all units as one batch gives a loss and its graph (`graph`). A backward pass computes the gradient
-of the result of each node that uses a parameter, and no gradient of a parameter (`one_pass`). From both follow the
-factors of the gradient that each unit contributes (`rules`), and from the factors the inner products (`contraction`),
-as the gradients come in (`collector`).
-
-That the contribution of a unit is its gradient, up to one factor, is not assumed but checked against the loop on a few
-units, for each parameter, whenever the graph changes (`calibration`) or leaves room for the data to matter (`trust`).
+The losses of all units have one graph (`unit_losses`). A backward pass computes the gradient of the result of each node
+that uses a parameter, and no gradient of a parameter. From both follow the factors of each unit's gradient (`rules`),
+and from the factors the inner products (`contraction`), as the gradients come in (`accumulator`). At the first
+measurement, and again at times, that is proved (`verify`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
 
-from lightning_gradconf.gram import loop, vmap
-from lightning_gradconf.gram.blockwise import Rows
-from lightning_gradconf.gram.ghost.accumulator import Grams, Pass, sum_of
-from lightning_gradconf.gram.ghost.calibration import calibrate, only, proven, still_right
-from lightning_gradconf.gram.ghost.contraction import Contribution, Dense, gram_of_sum, scaled
-from lightning_gradconf.gram.ghost.memory import Known, Memory
-from lightning_gradconf.gram.ghost.one_pass import Task, check_room, measure
-from lightning_gradconf.gram.objective import Objective, contract
+from lightning_gradconf.batches.units import shapes_of
+from lightning_gradconf.gram import loop
+from lightning_gradconf.gram.findings import Findings, Places
+from lightning_gradconf.gram.ghost import graph as graphs
+from lightning_gradconf.gram.ghost import lstm
+from lightning_gradconf.gram.ghost.accumulator import Accumulator
+from lightning_gradconf.gram.ghost.factors import Dense, GradientFactors, gram_of_sum, joined, reordered
+from lightning_gradconf.gram.ghost.graph import Graph
+from lightning_gradconf.gram.ghost.nodes import dtypes, shapes
+from lightning_gradconf.gram.ghost.search import search
+from lightning_gradconf.gram.ghost.unit_losses import Forward, forward
+from lightning_gradconf.gram.ghost.value_reads import UnitsDiffer
+from lightning_gradconf.gram.ghost.verify import Proof, random_weights
+from lightning_gradconf.gram.measurement_mode import MeasurementMode
+from lightning_gradconf.gram.memory_budget import megabytes
+from lightning_gradconf.gram.module_state import rewinder
+from lightning_gradconf.gram.objective import Objective, accumulation_dtype, run_backward, sizes
+from lightning_gradconf.gram.plain_autograd import disagreement, in_words
 
-__all__ = ["Grams", "Memory", "unit_factors", "unit_grams"]
+log = logging.getLogger("lightning_gradconf")
+Factors = dict[str, list[GradientFactors]]
+_MOST_GROUPS = 4  # more passes of fewer units are slower than the loop
+
+_ATTEMPTS = 4  # at finding where the units lie
+_REMEMBERED = 256  # graphs
 
 
 def unit_grams(
-    objective: Objective,
-    units: Sequence[Any],
-    unit_size: int | None,
-    memory: Memory | None = None,
-    room: int | None = None,
-) -> Grams:
+    objective: Objective, units: Sequence[Any], mode: MeasurementMode, findings: Findings, budget: int | None = None
+) -> dict[str, Tensor]:
     """Return the inner products of the units' gradients, ``{parameter name: (n, n)}``.
 
     Args:
         objective: What to differentiate.
-        units: Batches of ``unit_size`` samples each.
-        unit_size: Samples in a unit; None if they cannot be told.
-        memory: What earlier calls have found out, and room for what this one does.
-        room: Bytes that gradients may fill, of parameters whose gradients have to be formed.
+        units: Batches of any shapes; those of one shape share a pass.
+        mode: How BatchNorm and dropout behave.
+        findings: What earlier calls have found out; what this one does is added.
+        budget: Bytes that gradients may fill, of parameters whose gradients have to be formed.
 
     Raises:
-        RuntimeError: One pass over all units cannot give their gradients; the message says why.
+        NotImplementedError: The losses cannot be computed together, or a parameter's gradients cannot be read.
+        RuntimeError: The proof failed.
     """
-    memory = Memory() if memory is None else memory
-    task = _task(objective, units, unit_size, memory, room)
-    known, grams = _checked(task, memory, measure(task, memory))
-    found = {name: gram * known.routes[name].scale ** 2 for name, gram in grams.items()}
-    if rest := [name for name in objective.parameters if name not in found]:
-        check_room(task, memory, rest)
-        found |= contract(_by_others(only(objective, rest), units))
-    return {name: found[name] for name in objective.parameters}
+    groups = list(_measured(objective, units, mode, findings, budget, keep=False))
+    if len(groups) == 1 and groups[0].grams:
+        return groups[0].grams
+    with torch.no_grad():
+        factors = _all_factors(objective, groups)
+        order = torch.tensor([i for group in groups for i in group.indices]).argsort()
+        grams = {name: gram_of_sum(factors.pop(name), findings.workspace) for name in list(factors)}
+        return {name: gram[order][:, order] for name, gram in grams.items()}
 
 
 def unit_factors(
-    objective: Objective, units: Sequence[Any], unit_size: int | None, memory: Memory, room: int | None = None
-) -> dict[str, list[Contribution]]:
-    """Return what the units' gradients are made of, parameter by parameter, for units of other ranks to be added.
+    objective: Objective, units: Sequence[Any], mode: MeasurementMode, findings: Findings, budget: int | None = None
+) -> Factors:
+    """Return what the units' gradients are made of, for units of other ranks to be added; the units in their order.
 
     The arguments and errors are those of `unit_grams`.
     """
-    task = _task(objective, units, unit_size, memory, room)
-    kept = measure(task, memory, keep=True)
-    known = memory.known.get(kept.facts.signature)
-    if known is None or known.untold or kept.missing or not proven(known, kept.facts):
-        # Their Grams are for the checks alone.
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            kept.grams = {name: gram_of_sum(parts, memory.work) for name, parts in kept.factors.items()}
-        known, grams = _checked(task, memory, kept)
-        if grams is not kept.grams:  # calibrated anew, perhaps on other routes
-            kept = measure(task, memory, keep=True)
-    with torch._C.DisableTorchFunction(), torch.no_grad():
-        found = {
-            name: [scaled(part, known.routes[name].scale) for part in kept.factors.pop(name)]
-            for name in list(kept.factors)
-        }
-    if rest := [name for name in objective.parameters if name not in found]:
-        check_room(task, memory, rest)
-        found |= {name: [Dense(rows)] for name, rows in _by_others(only(objective, rest), units).items()}
-    return {name: found[name] for name in objective.parameters}
+    groups = list(_measured(objective, units, mode, findings, budget, keep=True))
+    with torch.no_grad():
+        factors = _all_factors(objective, groups)
+        order = torch.tensor([i for group in groups for i in group.indices]).argsort()
+        if len(groups) > 1:
+            factors = {name: [reordered(part, order) for part in parts] for name, parts in factors.items()}
+        return factors
 
 
-def _task(objective: Objective, units: Sequence[Any], unit_size: int | None, memory: Memory, room: int | None) -> Task:
-    if memory.refused is not None:
-        raise RuntimeError(memory.refused)
-    if len(units) == 1:
-        raise RuntimeError("a single unit is measured as it is")
-    if unit_size is None:
-        raise RuntimeError("the samples of a unit cannot be told, so its place in a batch of all cannot either")
-    return Task(objective, units, unit_size, room)
+@dataclass
+class _Group:
+    """What was measured of the units that share a pass: Grams, or factors where there are other groups."""
+
+    indices: list[int]
+    grams: dict[str, Tensor]
+    factors: Factors
 
 
-def _checked(task: Task, memory: Memory, found: Pass) -> tuple[Known, Grams]:
-    """What is known about the graph of a pass, found out now if need be, and Grams that agree with it."""
-    known, grams = memory.known.get(found.facts.signature), found.grams
-    if known is None or not still_right(task, known, found):
+def _all_factors(objective: Objective, groups: Sequence[_Group]) -> Factors:
+    return {name: joined([group.factors.pop(name) for group in groups]) for name in objective.parameters}
+
+
+def _measured(
+    objective: Objective,
+    units: Sequence[Any],
+    mode: MeasurementMode,
+    findings: Findings,
+    budget: int | None,
+    keep: bool,
+) -> Iterator[_Group]:
+    """Measure units that have one shape, and about which Python reads the same, in a pass each."""
+    if findings.refused is not None:
+        raise RuntimeError(findings.refused)
+    findings.measurements += 1
+    proves = findings.measurements & (findings.measurements - 1) == 0  # 1, 2, 4, 8, ...
+    leaves = {name: findings.copy(name, p).requires_grad_() for name, p in objective.parameters.items()}
+    by_shape: dict[Hashable, list[int]] = defaultdict(list)
+    for i, unit in enumerate(units):
+        by_shape[shapes_of(unit)].append(i)
+    waiting, passes = list(by_shape.values()), len(by_shape)
+    rewind = rewinder(objective.module)  # each pass starts from the module's state before the first
+    while waiting:
+        if passes > _MOST_GROUPS:
+            raise NotImplementedError(f"units go more than {_MOST_GROUPS} different ways, by their shapes and values")
+        indices = waiting.pop()
+        some = [units[i] for i in indices]
+        if len(some) == 1:
+            with mode:
+                rows = loop.unit_gradients(objective, some)
+            yield _Group(indices, {}, {name: [Dense(row)] for name, row in rows.items()})
+            continue
         try:
-            usual = found if known is None else measure(task, memory, {})
-            known, grams = calibrate(task, memory, usual)
-        except RuntimeError as error:
-            if not grams or sum_of(grams).isfinite().all():  # otherwise it may do next time
-                memory.refused = str(error)
-            raise
-        memory.known[found.facts.signature] = known
-    known.kinds = found.facts.kinds if found.facts.proven and not known.mixes else None
-    return known, grams
+            losses = forward(objective, leaves, some, mode, findings.writes)
+        except UnitsDiffer as differ:
+            rewind()
+            ways: dict[Hashable, list[int]] = defaultdict(list)
+            for i, value in zip(indices, differ.values, strict=True):
+                ways[value].append(i)
+            waiting += ways.values()
+            passes += len(ways) - 1
+            continue
+        rewind()
+        measurement = _Measurement(objective, leaves, some, mode, findings, budget, keep or passes > 1)
+        found = measurement.accumulated(losses, proves)
+        if found.surprises:  # a use that was never proved
+            losses = forward(objective, leaves, some, mode, findings.writes)
+            rewind()
+            found = measurement.accumulated(losses, proves=True)
+        del losses
+        yield _Group(indices, found.grams, found.factors)
 
 
-def _by_others(objective: Objective, units: Sequence[Any]) -> Rows:
+@dataclass
+class _Measurement:
+    """The measurement of units that share a pass."""
+
+    objective: Objective
+    leaves: Mapping[str, Tensor]
+    units: Sequence[Any]
+    mode: MeasurementMode
+    findings: Findings
+    budget: int | None
+    keep: bool
+
+    def accumulated(self, forward: Forward, proves: bool) -> Accumulator:
+        """Return what a backward pass from the losses brings, proved if that is due."""
+        n = len(self.units)
+        graph = self._read(forward, ())
+        signature = (n, forward.reads, graphs.signature(graph))
+        places = self.findings.graphs.get(signature)
+        if places is None or proves:
+            found, places = self._proved(forward, graph)
+            if places is not None:
+                if len(self.findings.graphs) >= _REMEMBERED:
+                    self.findings.graphs.clear()
+                self.findings.graphs[signature] = places
+            return found
+        if places.free:
+            graph = self._read(forward, places.free)
+        found = self._accumulator(graph, places, None)
+        _run(forward.losses, graph, found, keep_graph=False)
+        if found.missing:
+            raise NotImplementedError(next(iter(found.missing.values())))
+        return found
+
+    def _read(self, forward: Forward, free: Collection[int]) -> Graph:
+        names = {id(leaf): name for name, leaf in self.leaves.items()}
+        names |= {id(p): name for name, p in self.objective.parameters.items()}  # reached in another way, as by a list
+        return graphs.read(forward.losses.grad_fn, names, len(self.units), forward.nodes, free)
+
+    def _accumulator(self, graph: Graph, places: Places, proof: Proof | None) -> Accumulator:
+        if self.budget is not None and (needed := self._formed(graph)) > self.budget:
+            raise NotImplementedError(
+                f"gradients of parameters that are transformed before they meet the data take {megabytes(needed)}, for "
+                "which the memory budget has no room"
+            )
+        parameters, workspace = self.objective.parameters, self.findings.workspace
+        return Accumulator(
+            graph, parameters, len(self.units), places, workspace, keep=self.keep, proof=proof, budget=self.budget
+        )
+
+    def _proved(self, forward: Forward, graph: Graph) -> tuple[Accumulator, Places | None]:
+        """Return what was found and proved, and where the units lie; None if it cannot be proved this time."""
+        losses, places = forward.losses, Places()
+        number = self.findings.measurements
+        weights = random_weights(losses, number)
+        targets = [leaf for _, leaf in graph.leaves]
+        gradients = run_backward(losses, targets, keep_graph=True, seed=weights) if targets else ()
+        wanted = dict(zip(map(id, targets), gradients, strict=True))
+        kinds = {dtype for node in graph.order for dtype in dtypes(node) if dtype.is_floating_point}
+        precision = max(kinds, key=lambda dtype: torch.finfo(dtype).eps)
+        for _ in range(_ATTEMPTS):
+            proof = Proof(weights, wanted, number % len(self.units), precision)
+            found = self._accumulator(graph, places, proof)
+            _run(losses, graph, found, keep_graph=True)
+            failed = proof.failures()
+            if not failed and not found.missing:
+                break
+            if not search(losses, graph, weights, failed.keys() | found.missing.keys(), places):
+                break
+            graph = self._read(forward, places.free)
+        if found.missing:
+            raise NotImplementedError(next(iter(found.missing.values())))
+        self._refuse(failed, "the weighted sum of gradients is wrong")
+        row = {name: proof.row.get(name, torch.zeros(())) for name in self.objective.parameters}
+        with self.mode:
+            errors = disagreement(self.objective, self.units[proof.unit], row, precision)
+        self._refuse(errors, "a unit by itself has another gradient")
+        places.unproved = proof.unproved
+        return found, places if all(size < float("inf") for _, size in proof.errors.values()) else None
+
+    def _formed(self, graph: Graph) -> int:
+        """Return the bytes of the gradients that have to be formed."""
+        names = graphs.formed(graph)
+        sources = {use.source for use in graph.uses if use.free.parameters & names}
+        elements = sum(math.prod(graphs.shape(source)) for source in sources)
+        itemsize = max((accumulation_dtype(self.objective.parameters[name]).itemsize for name in names), default=0)
+        return len(self.units) * (sum(sizes(self.objective.parameters[name] for name in names)) + elements * itemsize)
+
+    def _refuse(self, errors: Mapping[str, float], what: str) -> None:
+        if not errors:
+            return
+        self.findings.refused = f"{what}, {in_words(errors)}"
+        log.warning(
+            f"torch.func is not used for {type(self.objective.module).__name__}, as {self.findings.refused}. "
+            "The loop measures it: one autograd pass a unit."
+        )
+        raise RuntimeError(self.findings.refused)
+
+
+def _run(losses: Tensor, graph: Graph, accumulator: Accumulator, *, keep_graph: bool) -> None:
+    """Run the backward pass down to the lowest uses, and let the accumulator have what comes by."""
+    receivers = accumulator.receivers
+    edges = [GradientEdge(node, i) for node in graph.bottom for i in range(len(shapes(node)))]
+    # What the pass ends at is returned by it; a hook there would not be called.
+    passed = receivers.keys() - set(graph.bottom)
+    hooks = [node.register_prehook(receivers[node]) for node in passed]
+    for node in passed:
+        if node.name() == lstm.NAME:
+            hooks += lstm.shorten(node, lambda: accumulator.scratch.pop("gates", None))
     try:
-        return vmap.unit_gradients(objective, units)
-    except Exception:
-        return loop.unit_gradients(objective, units)
+        captured = run_backward(losses, edges, keep_graph=keep_graph) if edges else ()
+        deltas: dict[Node, list[Tensor | None]] = defaultdict(list)
+        for edge, delta in zip(edges, captured, strict=True):
+            deltas[edge.node].append(delta)
+        for node, of_node in deltas.items():
+            receivers[node](of_node)
+    finally:
+        for hook in hooks:  # a node, its hook and what the hook knows of the graph would keep one another alive
+            hook.remove()
+        receivers.clear()
+    accumulator.finish()

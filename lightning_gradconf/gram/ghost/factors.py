@@ -1,151 +1,300 @@
-"""Grams across ranks from the factors of gradients: those of a parameter go to one rank, which contracts them.
+"""What the gradients of n units are made of, for one use of a parameter.
 
-The factors of a layer's gradients are its inputs and the gradients of its results, mostly far less than the gradients
-of n units. Where they are more, the gradients are formed and sent instead.
+Each class holds factors and can do three things: ``block(lo, hi)`` forms some leading rows of the n gradients, ``gram``
+is their Gram in the cheapest way known, and ``weighted(r)`` is a weighted sum of the gradients that forms none of them.
+The gradient of a unit, read as a matrix, has ``major`` rows.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from itertools import zip_longest
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from lightning_gradconf.gram.ghost.contraction import (
-    Contribution,
-    Dense,
-    Lookup,
-    Patches,
-    Rows,
+    BLOCK,
     Workspace,
-    extent,
-    gram_of_sum,
-    whole,
-)
-from lightning_gradconf.gram.ranks.process_group import Ranks
+    accumulate,
+    by_blocks,
+    cheapest,
+    mirrored,
+    products,
+)  # fmt: skip
+from lightning_gradconf.gram.ghost.convolution import ConvolutionFactors
 
-Factors = dict[str, list[Contribution]]
-# The tensors of each kind: along which dimension units lie, and rows that may be filled up with zeros.
-_TENSORS: dict[type, dict[str, tuple[int, int | None]]] = {
+
+@dataclass
+class Dense:
+    """Gradients that exist already, ``(n, numel)``."""
+
+    gradients: Tensor
+
+    @property
+    def n(self) -> int:
+        """Units."""
+        return self.gradients.shape[0]
+
+    @property
+    def numel(self) -> int:
+        """Entries of a gradient."""
+        return self.gradients.shape[1]
+
+    major = numel
+
+    def block(self, lo: int, hi: int) -> Tensor:
+        """Some entries of the gradients, ``(n, hi - lo)``."""
+        return self.gradients[:, lo:hi]
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """Return the sum of the gradients times ``weights (n,)``, ``(numel,)``."""
+        return weights @ self.gradients
+
+    def units(self, some: slice) -> Dense:
+        """Return the factors of some units."""
+        return Dense(self.gradients[some])
+
+    def gram(self, workspace: Workspace) -> Tensor:
+        """All inner products, ``(n, n)``."""
+        return workspace.square(self.gradients)
+
+
+@dataclass
+class OuterProducts:
+    """Gradients that are sums of outer products: for each of g groups, the sum over r of ``left[r] right[r]^T``.
+
+    Attributes:
+        left: ``(g, n, rows, p)``.
+        right: ``(g, n, rows, q)``.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def n(self) -> int:
+        """Units."""
+        return self.left.shape[1]
+
+    @property
+    def numel(self) -> int:
+        """Entries of a gradient."""
+        return self.left.shape[0] * self.left.shape[3] * self.right.shape[3]
+
+    @property
+    def major(self) -> int:
+        """Rows of a gradient read as a matrix: those of ``left``, or the groups if there are several."""
+        return self.left.shape[3] if self.left.shape[0] == 1 else self.left.shape[0]
+
+    def block(self, lo: int, hi: int) -> Tensor:
+        """Some rows of the gradients, ``(n, hi - lo, ...)``."""
+        if self.left.shape[0] == 1:
+            return torch.bmm(self.left[0, ..., lo:hi].transpose(1, 2), self.right[0])
+        return (self.left[lo:hi].transpose(2, 3) @ self.right[lo:hi]).flatten(2).transpose(0, 1)
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """Return the sum of the gradients times ``weights (n,)``, ``(numel,)``."""
+        left = (self.left * weights.view(-1, 1, 1)).flatten(1, 2)
+        return (left.transpose(1, 2) @ self.right.flatten(1, 2)).flatten()
+
+    def units(self, some: slice) -> OuterProducts:
+        """Return the factors of some units."""
+        return OuterProducts(self.left[:, some], self.right[:, some])
+
+    def gram(self, workspace: Workspace) -> Tensor:
+        """All inner products, ``(n, n)``, by pairs of rows or by gradients, whichever costs less."""
+        groups, n, rows, p = self.left.shape
+        q = self.right.shape[3]
+        pairs = (n * rows) ** 2 * (p + q + 16) / (2 if n * rows > 512 else 1)
+        formed = n * rows * p * q + n * n * p * q + 8 * n * p * q
+        tall = self if p >= q else OuterProducts(self.right, self.left)  # blocks of it are nearer to squares
+        forms = {
+            "pairs": (groups * pairs, lambda: self._pairs(workspace)),
+            "formed": (groups * formed, lambda: by_blocks(n, self.numel, tall.major, partial(tall._formed, workspace))),
+        }
+        return cheapest(workspace, ("rows", *self.left.shape, q), forms)
+
+    def _formed(self, workspace: Workspace, lo: int, hi: int) -> Tensor:
+        if self.left.shape[0] > 1:
+            return self.block(lo, hi)
+        left, right = self.left[0, ..., lo:hi].transpose(1, 2), self.right[0]
+        return torch.bmm(left, right, out=workspace.empty("rows", left, len(left), hi - lo, right.shape[2]))
+
+    def _pairs(self, workspace: Workspace) -> Tensor:
+        _, n, rows, _ = self.left.shape
+        gram = self.left.new_zeros(n, n)
+        if rows == 1:
+            for left, right in zip(self.left[:, :, 0], self.right[:, :, 0], strict=True):
+                gram.addcmul_(workspace.square(left), workspace.square(right))
+            return gram
+        step = max(1, BLOCK // max(1, n * rows * rows))
+        for left, right in zip(self.left, self.right, strict=True):
+            for lo in range(0, n, step):
+                here, rest = slice(lo, lo + step), slice(lo, n)
+                pairs = products(workspace, "left", left[here], left[rest])
+                pairs *= products(workspace, "right", right[here], right[rest])
+                gram[here, rest] += pairs.view(-1, rows, n - lo, rows).sum((1, 3))
+        return mirrored(gram)
+
+
+@dataclass
+class IndexedRows:
+    """Gradients of a table of which rows were looked up: row ``index[r]`` receives ``values[r]``.
+
+    Attributes:
+        index: ``(n, rows)``.
+        values: ``(n, rows, q)``.
+        major: The number of rows of the table.
+    """
+
+    index: Tensor
+    values: Tensor
+    major: int
+
+    @property
+    def n(self) -> int:
+        """Units."""
+        return self.values.shape[0]
+
+    @property
+    def numel(self) -> int:
+        """Entries of a gradient."""
+        return self.major * self.values.shape[2]
+
+    def block(self, lo: int, hi: int) -> Tensor:
+        """Some rows of the gradients of the table, ``(n, hi - lo, q)``."""
+        n, _, q = self.values.shape
+        inside = (self.index >= lo) & (self.index < hi)
+        unit = torch.arange(n, device=self.index.device)[:, None].expand_as(self.index)
+        table = self.values.new_zeros(n * (hi - lo), q)
+        table.index_add_(0, (unit * (hi - lo) + self.index - lo)[inside], self.values[inside])
+        return table.view(n, hi - lo, q)
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """Return the sum of the gradients times ``weights (n,)``, ``(numel,)``."""
+        values = (self.values * weights.view(-1, 1, 1)).flatten(0, 1)
+        table = values.new_zeros(self.major, values.shape[1])
+        return table.index_add_(0, self.index.flatten(), values).flatten()
+
+    def units(self, some: slice) -> IndexedRows:
+        """Return the factors of some units."""
+        return IndexedRows(self.index[some], self.values[some], self.major)
+
+    def gram(self, workspace: Workspace) -> Tensor:
+        """All inner products, ``(n, n)``: over the rows of the table that two units have both looked up."""
+        n, _, q = self.values.shape
+        unit = torch.arange(n, device=self.index.device)[:, None]
+        key, where = (self.index * n + unit).flatten().unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        values = self.values.new_zeros(len(key), q).index_add_(0, where, self.values.flatten(0, 1))
+        word, unit = key // n, key % n
+        if not self._is_sparse(word):
+            return self._by_table(word, unit, values)
+        gram = self.values.new_zeros(n, n)
+        for distance in range(n):  # of the same row of the table, the units lie side by side
+            some, other = slice(0, len(key) - distance), slice(distance, None)
+            same = (word[some] == word[other]).nonzero().squeeze(1)
+            if not len(same):
+                break
+            products = (values[some][same] * values[other][same]).sum(1)
+            gram.index_put_((unit[some][same], unit[other][same]), products, accumulate=True)
+        return mirrored(gram)
+
+    def _is_sparse(self, word: Tensor) -> bool:
+        """Whether few units have looked up the same rows; ``word`` is in order."""
+        n, rows = self.index.shape
+        _, counts = word.unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
+        pairs = int(counts.square().sum())
+        return 8 * pairs < n * n * rows
+
+    def _by_table(self, word: Tensor, unit: Tensor, values: Tensor) -> Tensor:
+        """The part of the table that was looked up, some columns at a time."""
+        n, _, q = self.values.shape
+        used, word = word.unique_consecutive(return_inverse=True)  # type: ignore[no-untyped-call]
+        gram = values.new_zeros(n, n)
+        step = max(1, BLOCK // (n * len(used)))
+        for lo in range(0, q, step):
+            some = values[:, lo : lo + step]
+            table = values.new_zeros(n, len(used), some.shape[1])
+            table[unit, word] = some
+            accumulate(gram, table.flatten(1))
+        return mirrored(gram)
+
+
+GradientFactors = Dense | OuterProducts | IndexedRows | ConvolutionFactors
+# The tensors of each kind: along which dimension units lie, and along which more rows of zeros change nothing.
+TENSORS: dict[type, dict[str, tuple[int, int | None]]] = {
     Dense: {"gradients": (0, None)},
-    Rows: {"left": (1, 2), "right": (1, 2)},
-    Lookup: {"index": (0, 1), "values": (0, 1)},
-    Patches: {"input": (0, None), "delta": (0, None)},
+    OuterProducts: {"left": (1, 2), "right": (1, 2)},
+    IndexedRows: {"index": (0, 1), "values": (0, 1)},
+    ConvolutionFactors: {"input": (0, None), "delta": (0, None)},
 }
 
 
-def partial_grams(ranks: Ranks, factors: Factors, work: Workspace) -> dict[str, Tensor]:
-    """Return this rank's part of the Gram ``(ranks * n, ranks * n)`` of each parameter; the ranks' parts add up.
-
-    Args:
-        ranks: That measure.
-        factors: What each parameter's gradients of this rank's n units are made of.
-        work: What contractions share.
-
-    Raises:
-        RuntimeError: On all ranks, if they differ in how their parameters are used.
-        Exception: What the contraction of one rank's parameters raises, on that rank, after all exchanges.
-    """
-    described = ranks.gather([{name: [_shapes(part) for part in parts] for name, parts in factors.items()}])
-    if any(_without_rows(one) != _without_rows(described[0]) for one in described):
-        raise RuntimeError("the ranks use their parameters in different ways")
-    grams: dict[str, Tensor] = {}
-    failed: Exception | None = None
-    for names in zip_longest(*_shares(described)):  # one for each rank, so that all contract at the same time
-        found = {
-            name: [
-                _gathered(ranks, part, [one[name][j] for one in described], owner)
-                for j, part in enumerate(factors.pop(name))
-            ]
-            for owner, name in enumerate(names)
-            if name is not None
-        }
-        mine = names[ranks.rank]
-        if mine is not None and failed is None:
-            try:
-                grams[mine] = gram_of_sum([_joined(part, of_ranks, ranks.size) for part, of_ranks in found[mine]], work)
-                work.products = None  # of what was collected, for no other parameter
-            except Exception as error:  # the others wait for this rank in the exchanges to come
-                failed = error
-    if failed is not None:
-        raise failed
-    return grams
+def materialize(*parts: GradientFactors) -> Tensor:
+    """Return the gradients themselves, ``(n, numel)``: the sum over several uses of a parameter."""
+    first, *others = (part.block(0, part.major).flatten(1) for part in parts)
+    return sum(others, first)
 
 
-def _shares(described: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The parameters that each rank contracts, the largest first, so that all have about as much to do."""
-    sizes = dict.fromkeys(described[0], 0)
-    for of_rank in described:
-        for name, parts in of_rank.items():
-            sizes[name] += sum(math.prod(shape) for _, shapes in parts for _, shape in shapes.values())
-    shares: list[list[str]] = [[] for _ in described]
-    loads = [0] * len(shares)
-    for name in sorted(sizes, key=lambda name: -sizes[name]):
-        least = loads.index(min(loads))
-        shares[least].append(name)
-        loads[least] += sizes[name]
-    return shares
+def gram_of_sum(parts: Sequence[GradientFactors], workspace: Workspace) -> Tensor:
+    """Return the Gram ``(n, n)`` of gradients that are sums over several uses of a parameter."""
+    if len(parts) == 1:
+        return parts[0].gram(workspace)
+    rows = [part for part in parts if isinstance(part, OuterProducts)]
+    if len(rows) == len(parts) and len({(p.left.shape[0], p.left.shape[3]) for p in rows}) == 1:
+        left, right = (torch.cat([getattr(part, side) for part in rows], 2) for side in ("left", "right"))
+        return OuterProducts(left, right).gram(workspace)
+    first = parts[0]
+    if len({part.major for part in parts}) == 1:
+
+        def block(lo: int, hi: int) -> Tensor:
+            return sum((part.block(lo, hi).flatten(1) for part in parts[1:]), first.block(lo, hi).flatten(1))
+
+        return by_blocks(first.n, first.numel, first.major, block)
+    gradients = materialize(*parts)
+    return gradients @ gradients.T
 
 
-def _shapes(part: Contribution) -> tuple[str, dict[str, tuple[torch.dtype, list[int]]]]:
-    tensors = {field: getattr(part, field) for field in _TENSORS[type(part)]}
-    return type(part).__name__, {field: (tensor.dtype, list(tensor.shape)) for field, tensor in tensors.items()}
+def joined(groups: Sequence[Sequence[GradientFactors]]) -> list[GradientFactors]:
+    """Return the factors of one parameter over the units of several groups, each in a pass of its own."""
+    if len(groups) == 1:
+        return list(groups[0])
+    if len({tuple(map(type, parts)) for parts in groups}) == 1:
+        try:
+            return [_joined(same) for same in zip(*groups, strict=True)]
+        except RuntimeError:  # tensors of other shapes, such as images of other sizes
+            pass
+    return [Dense(torch.cat([materialize(*parts) for parts in groups]))]
 
 
-def _without_rows(described: Mapping[str, Sequence[Any]]) -> Any:
-    """What has to be the same on all ranks."""
-    ways = {kind.__name__: ways for kind, ways in _TENSORS.items()}
-
-    def fixed(kind: str, shapes: Mapping[str, Any]) -> Any:
-        return kind, [
-            (dtype, [size for dim, size in enumerate(shape) if dim != ways[kind][field][1]])
-            for field, (dtype, shape) in shapes.items()
-        ]
-
-    return [(name, [fixed(*part) for part in parts]) for name, parts in described.items()]
+def _joined(parts: Sequence[GradientFactors]) -> GradientFactors:
+    found: dict[str, Any] = {}
+    for name, (units, rows) in TENSORS[type(parts[0])].items():
+        tensors = [getattr(part, name) for part in parts]
+        most = None if rows is None else max(tensor.shape[rows] for tensor in tensors)
+        found[name] = torch.cat([with_rows(tensor, rows, most) for tensor in tensors], units)
+    if isinstance(parts[0], ConvolutionFactors):
+        found["n"] = sum(part.n for part in parts)
+    return replace(parts[0], **found)
 
 
-def _gathered(
-    ranks: Ranks, part: Contribution, described: Sequence[Any], owner: int
-) -> tuple[Contribution, dict[str, list[Tensor]]]:
-    """A contribution as it is sent, and its tensors of all ranks in rank order; those on the owner alone."""
-    ways = _TENSORS[type(part)]
-    rows = {
-        field: max(shapes[field][1][way[1]] for _, shapes in described)
-        for field, way in ways.items()
-        if way[1] is not None
-    }
-    tensors = {field: _filled(getattr(part, field), way[1], rows.get(field)) for field, way in ways.items()}
-    n, numel = extent(part)
-    if sum(tensor.numel() for tensor in tensors.values()) > n * numel:  # the same on all ranks, as shapes are now
-        part = Dense(whole(part))
-        tensors = {"gradients": part.gradients}
-    of_ranks: dict[str, list[Tensor]] = {}
-    for field, tensor in tensors.items():
-        here = tensor.contiguous()
-        of_ranks[field] = [torch.empty_like(here) for _ in described] if ranks.rank == owner else []
-        dist.gather(here, of_ranks[field] or None, dst=owner, group=ranks.group)
-    return part, of_ranks
-
-
-def _joined(part: Contribution, of_ranks: Mapping[str, list[Tensor]], ranks: int) -> Contribution:
-    """The contribution of the units of all ranks."""
-    ways = _TENSORS[type(part)]
-    found: dict[str, Any] = {field: torch.cat(tensors, ways[field][0]) for field, tensors in of_ranks.items()}
-    if isinstance(part, Patches):
-        found["n"] = part.n * ranks
-    return replace(part, **found)
-
-
-def _filled(tensor: Tensor, dim: int | None, rows: int | None) -> Tensor:
-    """A tensor with rows of zeros added, so that there are as many on all ranks."""
-    if dim is None or rows is None or tensor.shape[dim] == rows:
+def with_rows(tensor: Tensor, dimension: int | None, rows: int | None) -> Tensor:
+    """Return a tensor with rows of zeros added along a dimension, up to a number of them."""
+    if dimension is None or rows is None or tensor.shape[dimension] == rows:
         return tensor
     more = list(tensor.shape)
-    more[dim] = rows - tensor.shape[dim]
-    return torch.cat([tensor, tensor.new_zeros(more)], dim)
+    more[dimension] = rows - tensor.shape[dimension]
+    return torch.cat([tensor, tensor.new_zeros(more)], dimension)
+
+
+def reordered(part: GradientFactors, order: Tensor) -> GradientFactors:
+    """Return the factors with their units in another order."""
+    found: dict[str, Any] = {}
+    for name, (units, _) in TENSORS[type(part)].items():
+        tensor = getattr(part, name)
+        samples = torch.unflatten(tensor, units, (part.n, -1))
+        found[name] = samples.index_select(units, order.to(tensor.device)).flatten(units, units + 1)
+    return replace(part, **found)

@@ -1,12 +1,13 @@
-"""The autograd graph of a loss, and where it uses parameters.
+"""The autograd graph of unit losses, and where it uses parameters.
 
-A tensor is *free* (of the batch) if it is computed from parameters alone: a parameter, its transpose, a product of two.
-A *use* is a node that takes a free tensor and data: there the batch enters, and there gradients of units differ.
+A tensor is *free* (of units) if it is computed from parameters alone: a parameter, its transpose, a product of two.
+A *use* is a node that takes a free tensor and has a result with units: there gradients of units begin to differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,26 +25,23 @@ _SAME_ORDER = {
     "SqueezeBackward2", "UnsqueezeBackward0", "ToCopyBackward0", "CloneBackward0", "AliasBackward0",
 }  # fmt: skip
 _REORDER = {"TBackward0", "TransposeBackward0", "PermuteBackward0", "MovedimBackward0"}
-_SELECT = {
-    "SliceBackward0", "SelectBackward0", "SplitBackward0", "SplitWithSizesBackward0", "UnbindBackward0",
-    "ChunkBackward0", "NarrowBackward0", "AsStridedBackward0",
-}  # fmt: skip
 _PART = {"SliceBackward0", "SelectBackward0", "NarrowBackward0"}
 _ELEMENTWISE = {"AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0"}
-# Their data is no operand that the graph knows of.
+# Data may enter where the graph knows of no operand.
 _HIDDEN_OPERAND = {
     "EmbeddingBackward0", "EmbeddingBagBackward0", "IndexBackward0", "IndexSelectBackward0", "GatherBackward0",
     "ExpandBackward0", "RepeatBackward0", "WhereBackward0", "MaskedFillBackward0", "MkldnnRnnLayerBackward0",
 }  # fmt: skip
 
 Edge = tuple[Node | None, int]
+Signature = Hashable
 
 
 @dataclass(frozen=True)
 class Free:
-    """A free tensor: the parameters behind it, and how it lies if it is one parameter in other clothes."""
+    """A free tensor: the parameters behind it, and how it lies if it is one parameter in another form."""
 
-    leaves: frozenset[str]
+    parameters: frozenset[str]
     layout: Layout | None
 
 
@@ -59,63 +57,79 @@ class Use:
 
 @dataclass
 class Graph:
-    """The uses of parameters in a loss.
+    """The uses of parameters in unit losses.
 
     Attributes:
-        leaves: The parameters, by name.
-        uses: In the order of the forward pass.
+        uses: In an order that depends on the graph alone.
         bottom: Nodes with a use and none below them; nothing needs to be differentiated further than that.
-        tail: All nodes between the loss and the first uses met from there.
-        nodes: All nodes between the loss and any use.
-        others: Leaves that are none of the parameters.
+        order: All nodes, operands first.
+        leaves: The parameters that it ends at, each with its name; a parameter may have several leaves.
     """
 
-    leaves: Mapping[str, Tensor]
     uses: list[Use] = field(default_factory=list)
     bottom: list[Node] = field(default_factory=list)
-    tail: list[Node] = field(default_factory=list)
-    nodes: list[Node] = field(default_factory=list)
-    others: list[Tensor] = field(default_factory=list)
+    order: list[Node] = field(default_factory=list)
+    leaves: list[tuple[str, Tensor]] = field(default_factory=list)
 
 
-def read(root: Node | None, leaves: Mapping[str, Tensor], batch: int, free: Collection[str] = ()) -> Graph:
-    """Return the uses of ``leaves`` in the graph of a loss.
+def read(
+    root: Node | None, names: Mapping[int, str], n: int, has_units: Mapping[Node, bool], free: Collection[int] = ()
+) -> Graph:
+    """Return the uses of parameters in a graph.
 
     Args:
-        root: The node that computed the loss.
-        leaves: The parameters, by name.
-        batch: The number of samples, which tells a batched tensor from a free one.
-        free: Parameters for which the first tensor that may be batched is taken to be free.
+        root: The node that computed the losses.
+        names: Of the parameters, by the id of the tensor.
+        n: The number of units.
+        has_units: Of some nodes, whether their results have units. Of all others it is taken to be so if it may be.
+        free: Nodes whose results turned out to have none, by their place in the order.
     """
-    names = {id(leaf): name for name, leaf in leaves.items()}
-    graph = Graph(leaves)
+    graph = Graph()
     known: dict[Node, Free] = {}
     used: dict[Node, bool] = {}  # whether a node or one below it has a use
-    for node in _leaves_first(root):
+    for position, node in enumerate(_leaves_first(root)):
+        graph.order.append(node)
         if (leaf := variable(node)) is not None:
             if (name := names.get(id(leaf))) is not None:
                 known[node] = Free(frozenset({name}), "same")
-            else:
-                graph.others.append(leaf)
+                graph.leaves.append((name, leaf))
             continue
         inputs = [child for child, _ in node.next_functions]
         operands = {slot: known[child] for slot, child in enumerate(inputs) if child in known}
         if operands and all(child is None or child in known for child in inputs):
-            behind = frozenset().union(*(operand.leaves for operand in operands.values()))
-            if _stays_free(node, batch, bool(behind & set(free))):
+            units = has_units.get(node)
+            if units is False or position in free or (units is None and not _may_have_units(node, n)):
+                behind = frozenset().union(*(operand.parameters for operand in operands.values()))
                 known[node] = Free(behind, _layout(node, next(iter(operands.values()))))
                 continue
-        graph.nodes.append(node)
         below = any(used.get(child, False) for child in inputs if child is not None)
-        for slot, operand in operands.items():
-            graph.uses.append(Use(node, slot, node.next_functions[slot], operand))
+        graph.uses += [Use(node, slot, node.next_functions[slot], operand) for slot, operand in operands.items()]
         if operands and not below:
             graph.bottom.append(node)
         used[node] = below or bool(operands)
-    with_use = {use.node for use in graph.uses}
-    graph.tail = [node for node in _until(root, with_use) if used.get(node, False)]
-    graph.nodes = [node for node in graph.nodes if used[node]]
     return graph
+
+
+def signature(graph: Graph) -> Signature:
+    """Return what tells graphs apart in which units may lie elsewhere: the names of their nodes, and all shapes."""
+    names = {id(leaf): name for name, leaf in graph.leaves}
+    kinds: list[Hashable] = []
+    for node in graph.order:
+        leaf = variable(node)
+        kinds.append((node.name(), *shapes(node)) if leaf is None else names.get(id(leaf)))
+    return tuple(kinds)
+
+
+def formed(graph: Graph) -> set[str]:
+    """Return the parameters whose gradients have to be formed: those that are transformed before they meet the data."""
+    layouts: dict[str, list[Layout | None]] = defaultdict(list)
+    for use in graph.uses:
+        for name in use.free.parameters:
+            layouts[name].append(use.free.layout)
+    names = {name for name, ways in layouts.items() if None in ways or (len(ways) > 1 and "moved" in ways)}
+    while more := {n for use in graph.uses if use.free.parameters & names for n in use.free.parameters} - names:
+        names |= more
+    return names
 
 
 def shape(edge: Edge) -> tuple[int, ...]:
@@ -148,30 +162,17 @@ def _leaves_first(root: Node | None) -> list[Node]:
     return order
 
 
-def _until(root: Node | None, stop: set[Node]) -> list[Node]:
-    seen: set[Node] = set()
-    todo = [root]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen and node not in stop:
-            seen.add(node)
-            todo.extend(child for child, _ in node.next_functions)
-    return list(seen)
-
-
-def _stays_free(node: Node, batch: int, prefer: bool) -> bool:
-    """Whether a node that differentiates nothing but free tensors is free itself, or data enters in it."""
-    name = node.name()
-    if name in _SAME_ORDER | _REORDER | _SELECT:
-        return True
+def _may_have_units(node: Node, n: int) -> bool:
+    """Return whether the result of a node that differentiates free tensors alone may have units, by its shape."""
+    name, operands = node.name(), [child for child, _ in node.next_functions]
+    if None not in operands and name not in _HIDDEN_OPERAND:
+        return False  # no data
     results = shapes(node)
-    if prefer or not any(size and size % batch == 0 for result in results for size in result):
-        return True
-    operands = [(child, number) for child, number in node.next_functions if child is not None]
-    if len(operands) == len(node.next_functions):
-        return name not in _HIDDEN_OPERAND
-    # A batch would have made the result larger than the parameter.
-    return name in _ELEMENTWISE and results[0] in map(shape, operands)
+    if not any(size > 0 and size % n == 0 for result in results for size in result):
+        return False
+    sources = [shape(edge) for edge in node.next_functions if edge[0] is not None]
+    # With units, the result would have a dimension more.
+    return not (name in _ELEMENTWISE | {"ExpandBackward0"} and results[0] in sources)
 
 
 def _layout(node: Node, operand: Free) -> Layout | None:
@@ -189,7 +190,7 @@ def _layout(node: Node, operand: Free) -> Layout | None:
 
 
 def _looks_up_once(node: Node) -> bool:
-    """Whether an embedding takes different rows of its table, as that of positions does."""
+    """Return whether an embedding takes different rows of its table, as that of positions does."""
     if unpacks(node):  # a checkpoint can be unpacked only once
         return False
     index = saved(node, "indices")

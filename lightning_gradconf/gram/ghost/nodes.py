@@ -34,7 +34,7 @@ def dtypes(node: Node) -> list[torch.dtype]:
 
 
 def unpacks(node: Node) -> bool:
-    """Whether code of someone else may run when a tensor that the node saved is read, as in an activation checkpoint.
+    """Return whether unpacking the tensors that a node saved may run hooks of the user, as activation checkpoints have.
 
     Older releases of torch do not tell; then it may.
     """

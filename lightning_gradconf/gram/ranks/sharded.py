@@ -20,7 +20,7 @@ from torch import distributed as dist
 
 from lightning_gradconf.batches.units import copy_of
 from lightning_gradconf.gram.blockwise import Progress, Rows, blockwise, least, plan, repeatable
-from lightning_gradconf.gram.measurement_mode import MeasuredLayers
+from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.module_state import rewinder
 from lightning_gradconf.gram.objective import Objective, as_rows, checked, empty_rows, run_backward, sizes
 from lightning_gradconf.gram.ranks.data_parallel import agreed_budget
@@ -78,8 +78,8 @@ def gram_of_units(
     n = len(units)
     shards = sizes(_largest_shard(p) for p in target.parameters.values())
     made = plan(n, shards, agreed_budget(ranks, memory_budget, least(shards)), chunk_size=1)
-    layers = MeasuredLayers(running_statistics=unit_size == 1, dropout=dropout)
-    with layers, _apart(target.module) as put_back:
+    mode = MeasurementMode(running_statistics=unit_size == 1, dropout=dropout)
+    with mode, _apart(target.module) as put_back:
 
         def gradients(some: Sequence[Any]) -> Rows:
             rows = _gradients(ranks, target, some)

@@ -1,0 +1,111 @@
+"""Where the units lie in the tensors of a node: along which dimension, and what repeats outside and inside of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_gradconf.gram.ghost.factors import Dense
+from lightning_gradconf.gram.objective import upcast
+
+
+class Place(NamedTuple):
+    """A dimension of size ``outer * n * inner`` with the units in the middle."""
+
+    axis: int
+    outer: int
+
+
+@dataclass
+class Placement:
+    """The places of n units in the tensors of one node, for its rule.
+
+    Attributes:
+        n: The number of units.
+        guess: Which of the possible places is taken: 0 is the outermost, 1 the innermost, then all others.
+        guesses: The most places that any tensor had.
+        told_apart: Whether what is not zero in the tensors lies in different units for different guesses. If it does
+            not, all guesses give the same gradients.
+        deltas: The gradients of all results of the node, for nodes with several.
+        scratch: What the operands of the node have in common.
+        compares: Find out ``told_apart``.
+        budget: Bytes that gradients may fill, where they have to be formed; None is without bound.
+    """
+
+    n: int
+    guess: int = 0
+    guesses: int = 1
+    told_apart: bool = True
+    deltas: Sequence[Tensor | None] = ()
+    scratch: dict[str, Any] = field(default_factory=dict)
+    compares: bool = False
+    budget: int | None = None
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Return ``(rows, ...)`` as ``(n, rows / n, ...)``."""
+        outer = self._choose([Place(0, outer) for outer in self._outer(x.shape[0])], x).outer
+        if outer == 1:
+            return torch.unflatten(x, 0, (self.n, -1))
+        return torch.unflatten(x, 0, (outer, self.n, -1)).transpose(0, 1).flatten(1, 2)
+
+    def reduce(self, x: Tensor, shape: tuple[int, ...]) -> Dense:
+        """Return what ``x`` contributes to an operand of ``shape`` that was broadcast to the shape of ``x``."""
+        x = upcast(x)
+        shape = (1,) * (x.dim() - len(shape)) + shape
+        places = [
+            Place(axis, outer) for axis, size in enumerate(shape) if size == 1 for outer in self._outer(x.shape[axis])
+        ]
+        axis, outer = self._choose(sorted(places, key=lambda place: place.outer > 1), x)
+        x = torch.unflatten(x, axis, (outer, self.n, -1))
+        shape = (*shape[:axis], 1, self.n, 1, *shape[axis + 1 :])
+        summed = [d for d, size in enumerate(shape) if size == 1]
+        x = x.sum(summed) if any(x.shape[d] > 1 for d in summed) else x.squeeze(summed)
+        return Dense(x.movedim(sum(d not in summed for d in range(axis + 1)), 0).reshape(self.n, -1))
+
+    def parts(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield for each unit ``x`` with zeros in the place of all others."""
+        places = [Place(axis, outer) for axis in range(x.dim()) for outer in self._outer(x.shape[axis])]
+        place = self._choose(sorted(places, key=lambda place: place.outer > 1), x)
+        unit = self._unit_of(torch.arange(x.shape[place.axis], device=x.device), x.shape[place.axis], place)
+        unit = unit.view(-1, *[1] * (x.dim() - place.axis - 1))
+        for i in range(self.n):
+            yield x.where(unit == i, 0)
+
+    def _outer(self, size: int) -> list[int]:
+        """Return how often the units may be repeated along a dimension, the likely first."""
+        if size == 0 or size % self.n:
+            return []
+        repeats = size // self.n
+        return list(dict.fromkeys([1, repeats, *(d for d in range(2, repeats) if repeats % d == 0)]))
+
+    def _choose(self, places: list[Place], x: Tensor) -> Place:
+        if not places:
+            raise NotImplementedError(f"no dimension of {tuple(x.shape)} holds {self.n} units")
+        self.guesses = max(self.guesses, len(places))
+        place = places[min(self.guess, len(places) - 1)]
+        if self.compares and len(places) > 1:
+            self.told_apart &= self._tells_apart(x, place, places)
+        return place
+
+    def _tells_apart(self, x: Tensor, chosen: Place, places: Sequence[Place]) -> bool:
+        """Return whether, for any other place, some entry that is not zero would belong to another unit."""
+        if len({place.axis for place in places}) == 1:  # whole slices along it
+            axis = chosen.axis
+            filled = (x != 0).movedim(axis, 0).reshape(x.shape[axis], -1).any(1).nonzero().squeeze(1)
+            coordinates = {axis: filled}
+        else:
+            entries = (x != 0).nonzero()
+            coordinates = {place.axis: entries[:, place.axis] for place in places}
+
+        def units(place: Place) -> Tensor:
+            return self._unit_of(coordinates[place.axis], x.shape[place.axis], place)
+
+        mine = units(chosen)
+        return all(bool((units(other) != mine).any()) for other in places if other != chosen)
+
+    def _unit_of(self, coordinate: Tensor, size: int, place: Place) -> Tensor:
+        return coordinate // (size // (place.outer * self.n)) % self.n

@@ -1,0 +1,99 @@
+"""Where the units lie, if not in the usual place: read off the deltas of two backward passes.
+
+Deltas of a pass that starts from random weights r are, entry by entry, r_i times those of a pass that starts from ones,
+where unit i is. A result without units has no such place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from lightning_gradconf.gram.findings import Places
+from lightning_gradconf.gram.ghost import graph as graphs
+from lightning_gradconf.gram.ghost.factors import TENSORS, GradientFactors
+from lightning_gradconf.gram.ghost.graph import Graph
+from lightning_gradconf.gram.ghost.nodes import shapes
+from lightning_gradconf.gram.ghost.placement import Placement
+from lightning_gradconf.gram.ghost.rules import factors_of
+from lightning_gradconf.gram.objective import run_backward
+
+_GUESSES = 8
+_TOLERANCE = 1e-3  # of the largest entry; half precision rounds to 4e-3, and is looked at with its own
+
+
+def search(losses: Tensor, graph: Graph, weights: Tensor, parameters: Collection[str], places: Places) -> bool:
+    """Put into ``places`` where the units lie in the uses of some parameters; return whether that changed anything."""
+    uses = {i: use for i, use in enumerate(graph.uses) if use.free.parameters & set(parameters)}
+    nodes = list(dict.fromkeys(use.node for use in uses.values()))
+    ones, weighted = (_deltas(losses, nodes, seed) for seed in (torch.ones_like(losses), weights))
+    before = dict(places.guesses), set(places.free)
+    guesses, free = {}, set[int]()
+    with torch.no_grad():
+        for i, use in uses.items():
+            shape = graphs.shape(use.source)
+            guess = _guess(use.node, use.slot, shape, ones[use.node], weighted[use.node], weights)
+            if guess is None:
+                free.add(graph.order.index(use.node))
+            elif guess:
+                guesses[i] = guess
+    if free - places.free:
+        places.free |= free
+        places.guesses = {}  # uses are others now
+    else:
+        places.guesses |= guesses
+    return (places.guesses, places.free) != before
+
+
+def _deltas(losses: Tensor, nodes: Sequence[Node], seed: Tensor) -> dict[Node, list[Tensor | None]]:
+    edges = [GradientEdge(node, i) for node in nodes for i in range(len(shapes(node)))]
+    found: dict[Node, list[Tensor | None]] = {node: [] for node in nodes}
+    for edge, delta in zip(edges, run_backward(losses, edges, keep_graph=True, seed=seed), strict=True):
+        found[edge.node].append(delta)
+    return found
+
+
+def _guess(
+    node: Node,
+    slot: int,
+    shape: tuple[int, ...],
+    ones: Sequence[Tensor | None],
+    weighted: Sequence[Tensor | None],
+    weights: Tensor,
+) -> int | None:
+    """Return which place of the units explains the deltas of a use, None if no place does."""
+    delta, other = (next((delta for delta in deltas if delta is not None), None) for deltas in (ones, weighted))
+    if delta is None or other is None:
+        return 0
+    guess, guesses = 0, 1
+    while guess < min(guesses, _GUESSES):
+        placements = [Placement(len(weights), guess, deltas=deltas) for deltas in (ones, weighted)]
+        try:
+            parts = [factors_of(node, slot, d, shape, p) for d, p in zip((delta, other), placements, strict=True)]
+        except NotImplementedError:
+            return None
+        if _follows(parts[0], parts[1], weights):
+            return guess
+        guesses = placements[0].guesses
+        guess += 1
+    return None
+
+
+def _follows(part: GradientFactors, other: GradientFactors, weights: Tensor) -> bool:
+    """Return whether ``other`` is ``part`` with what unit i contributes times its weight."""
+    scaled = False
+    for name, (units, _) in TENSORS[type(part)].items():
+        a, b = (getattr(factors, name).movedim(units, 0) for factors in (part, other))
+        if torch.equal(a, b):  # an operand of data
+            continue
+        n = len(weights)
+        a, b = (torch.unflatten(tensor, 0, (n, -1)) for tensor in (a, b))
+        expected = a * weights.to(a.dtype).view(-1, *[1] * (a.dim() - 1))
+        tolerance = max(_TOLERANCE, 4 * torch.finfo(weights.dtype).eps) * float(b.abs().max())
+        if float((expected - b).abs().max()) > tolerance:
+            return False
+        scaled = True
+    return scaled or not any(bool(getattr(part, name).any()) for name in TENSORS[type(part)])

@@ -1,0 +1,124 @@
+"""The loss of each unit alone, all in one forward pass: ``vmap`` of the user's loss over stacked units.
+
+Whatever the loss does with a unit, vmap computes each as if it were alone, so means, masks, class weights and the
+statistics of BatchNorm need no thought. Below vmap, PyTorch records an ordinary graph of ordinary batched operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.func import vmap
+
+from lightning_gradconf.batches.units import stack
+from lightning_gradconf.gram.ghost.custom_functions import vmappable
+from lightning_gradconf.gram.ghost.functorch import batched, check_available
+from lightning_gradconf.gram.ghost.unit_mode import UnitMode
+from lightning_gradconf.gram.measurement_mode import MeasurementMode
+from lightning_gradconf.gram.module_state import without_warnings
+from lightning_gradconf.gram.objective import Objective
+
+# What vmap says of a tensor that all units share, when one of them writes its own values into it.
+_WRITES = ("in-place", "inplace", "match the broadcast shape")
+
+
+@dataclass
+class Forward:
+    """The forward pass of some units.
+
+    Attributes:
+        losses: Of each unit, ``(n,)``, with a graph.
+        reads: What Python read on the way, the same for all these units.
+        nodes: Of the graph, whether the result of a node has units, where that is known.
+    """
+
+    losses: Tensor
+    reads: tuple[Hashable, ...]
+    nodes: Mapping[Node, bool]
+
+
+@dataclass
+class SharedWrites:
+    """Which tensors that units share the user's code writes to, so that each unit needs its own.
+
+    Attributes:
+        factories: Those that it makes with ``torch.zeros`` and the like.
+        constants: Buffers, and parameters that are frozen.
+    """
+
+    factories: bool = False
+    constants: bool = False
+
+    def widen(self) -> bool:
+        """Take one more kind of tensors to be written to; False if there is no other."""
+        if not self.factories:
+            self.factories = True
+        elif not self.constants:
+            self.constants = True
+        else:
+            return False
+        return True
+
+
+def forward(
+    objective: Objective,
+    leaves: Mapping[str, Tensor],
+    units: Sequence[Any],
+    mode: MeasurementMode,
+    writes: SharedWrites,
+) -> Forward:
+    """Return the losses of ``units`` at ``leaves``.
+
+    Args:
+        objective: The module and its loss.
+        leaves: The parameters to differentiate, by name.
+        units: Batches of one shape and structure.
+        mode: How BatchNorm and dropout behave.
+        writes: What each unit needs for itself; more is found out and added.
+
+    Raises:
+        UnitsDiffer: Python reads different values of different units.
+        Exception: Whatever vmap or the user's code raises.
+    """
+    check_available()
+    while True:
+        try:
+            return _forward(objective, leaves, units, mode, writes)
+        except RuntimeError as error:
+            if not any(words in str(error) for words in _WRITES) or not writes.widen():
+                raise
+
+
+def _forward(
+    objective: Objective,
+    leaves: Mapping[str, Tensor],
+    units: Sequence[Any],
+    mode: MeasurementMode,
+    writes: SharedWrites,
+) -> Forward:
+    n = len(units)
+    with torch._C.DisableTorchFunction():
+        tensors, rebuild = stack(units)
+    unit_mode = UnitMode(
+        n, batched_factories=writes.factories, running_statistics=mode.running_statistics, dropout=mode.dropout
+    )
+
+    def loss(*rows: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():  # copies: user code may write to them
+            constants = {name: tensor.detach().clone() for name, tensor in objective.constants.items()}
+            if writes.constants:
+                constants = {name: batched(t.expand(n, *t.shape).clone()) for name, t in constants.items()}
+            unit = rebuild([row.clone() for row in rows])
+        return objective.at({**leaves, **constants}, unit, lambda loss: loss)
+
+    quiet: AbstractContextManager[None] = without_warnings("There is a performance drop because")
+    with vmappable(n), quiet, unit_mode:
+        losses = vmap(loss, randomness="different")(*tensors)
+    with torch._C.DisableTorchFunction():
+        return Forward(losses, tuple(unit_mode.reads), unit_mode.nodes)

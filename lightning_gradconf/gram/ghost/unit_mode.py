@@ -1,0 +1,118 @@
+"""What user code meets while all units are computed at once: vmap, with answers to what vmap cannot do.
+
+Every call of PyTorch that the user's code makes passes through `UnitMode`, which knows what torch.func has no rule for
+or is slow at (`batching_rules`), and what Python reads of batched tensors (`value_reads`).
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from lightning_gradconf.gram.ghost.batching_rules import RULES, RULES_FOR_LISTS, fold
+from lightning_gradconf.gram.ghost.functorch import batched, behind, is_batched
+from lightning_gradconf.gram.ghost.value_reads import READS, UnitNumber
+from lightning_gradconf.gram.measurement_mode import MeasurementMode
+
+_FACTORIES = {
+    torch.zeros, torch.ones, torch.empty, torch.full, torch.eye, torch.arange, torch.linspace,
+    torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like,
+    Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full,
+}  # fmt: skip
+
+
+class UnitMode(MeasurementMode):
+    """Within this context, the calls of a vmapped loss see n units.
+
+    Args:
+        n: How many units.
+        batched_factories: Let ``torch.zeros`` and the like give each unit a tensor of its own, for code that writes the
+            values of units into it.
+        running_statistics: As in `MeasurementMode`.
+        dropout: As in `MeasurementMode`.
+
+    Attributes:
+        reads: The values that Python has read, the same for all units.
+        nodes: Nodes of the graph that are known to have a batched result (True) or one without units (False).
+    """
+
+    def __init__(self, n: int, *, batched_factories: bool, running_statistics: bool, dropout: bool) -> None:
+        super().__init__(running_statistics=running_statistics, dropout=dropout)
+        self.n = n
+        self.reads: list[Hashable] = []
+        self.nodes: dict[Node, bool] = {}
+        self._batched_factories = batched_factories
+        self._open: set[Callable[..., Any]] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call ``func`` as its rule says, or as it is."""
+        args, kwargs = self.arguments(func, args, kwargs or {})
+        if any(type(arg) is UnitNumber for arg in args):
+            args = tuple(arg.tensor if type(arg) is UnitNumber else arg for arg in args)
+        if (rule := _RULES.get(func)) is not None:
+            if _any_batched(args) or _any_batched(kwargs.values()):
+                result = rule(self, func, *args, **kwargs)
+                if result is not NotImplemented:
+                    return self._noted(result)
+        elif (rule := RULES_FOR_LISTS.get(func)) is not None:
+            return rule(self, func, *args, **kwargs)
+        elif func not in self._open and (body := _body_of(func)) is not None:
+            self._open.add(func)  # a method may call its twin in C++, which comes by here under the same name
+            try:
+                with self:  # so that the calls inside it are seen too
+                    return body(*args, **kwargs)
+            finally:
+                self._open.discard(func)
+        result = func(*args, **kwargs)
+        if self._batched_factories and func in _FACTORIES and not is_batched(result):
+            return batched(result.expand(self.n, *result.shape).clone())
+        return self._noted(result)
+
+    def fold(self, function: Callable[..., Any], *tensors: Any) -> Any:
+        """Return what a function of ordinary tensors, units first, makes of batched ones."""
+        return fold(self.n, function, *tensors)
+
+    @contextmanager
+    def without_reads(self) -> Iterator[None]:
+        """Suspend the mode, for arithmetic of its own."""
+        with torch._C.DisableTorchFunction():
+            yield
+
+    def _noted(self, result: Any) -> Any:
+        """Note which nodes the results of a call belong to, and whether they have units."""
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                with torch._C.DisableTorchFunction():
+                    has_units = is_batched(tensor)
+                    node = (behind(tensor) if has_units else tensor).grad_fn
+                if node is not None:
+                    self.nodes[node] = has_units
+        return result
+
+
+_RULES = {**READS, **RULES}
+
+
+def _any_batched(values: Any) -> bool:
+    return any(isinstance(value, Tensor) and is_batched(value) for value in values)
+
+
+@lru_cache(maxsize=1024)
+def _body_of(func: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Return a function of PyTorch that is written in Python, without its own way to this mode; None for all others."""
+    if not isinstance(func, types.FunctionType) or "handle_torch_function" not in func.__code__.co_names:
+        return None
+    asks = [name for name in func.__code__.co_names if name.startswith("has_torch_function")]
+    names = {**func.__globals__, **dict.fromkeys(asks, lambda *_: False)}
+    body = types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
+    body.__kwdefaults__ = func.__kwdefaults__
+    return body

@@ -1,0 +1,252 @@
+"""What Python reads of batched tensors: truth values, numbers, text, and results whose size depends on the data.
+
+Where all units have the same value, that value is the answer. Where they differ, Python would go on differently for
+each of them, so the pass breaks off with `UnitsDiffer`, and begins again with the units that agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradconf.gram.ghost.functorch import batched, below_vmap, in_front, is_batched
+
+if TYPE_CHECKING:
+    from lightning_gradconf.gram.ghost.unit_mode import UnitMode
+
+
+class UnitsDiffer(Exception):
+    """Python reads different values of different units.
+
+    Attributes:
+        values: What it reads of each.
+    """
+
+    def __init__(self, values: Sequence[Hashable], where: str) -> None:
+        super().__init__(f"units have different values in {where}")
+        self.values = values
+
+
+class UnitNumber:
+    """A number of each unit, as ``item()`` returns it.
+
+    Arithmetic on it stays with the units, and text shows the first unit's number. Only where Python needs one number
+    (``float()``, ``if``, ``range``) are the units compared. So a number that is stored or printed costs nothing.
+    """
+
+    __slots__ = ("_mode", "tensor")
+
+    def __init__(self, tensor: Tensor, mode: UnitMode) -> None:
+        self.tensor, self._mode = tensor.detach(), mode
+
+    def __float__(self) -> float:
+        return float(same(self._mode, float, self.tensor, "a number from item()"))
+
+    def __int__(self) -> int:
+        return int(same(self._mode, int, self.tensor, "a number from item()"))
+
+    def __bool__(self) -> bool:
+        return bool(same(self._mode, bool, self.tensor, "a number from item()"))
+
+    __index__ = __trunc__ = __int__
+
+    def __repr__(self) -> str:
+        return repr(self._of_first_unit())
+
+    def __format__(self, spec: str) -> str:
+        return format(self._of_first_unit(), spec)
+
+    def __round__(self, digits: int = 0) -> UnitNumber:
+        return UnitNumber(torch.round(self.tensor, decimals=digits), self._mode)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def _of_first_unit(self) -> Any:
+        with below_vmap(), torch._C.DisableTorchFunction():
+            return in_front(self.tensor, 1).flatten()[0].item()
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def operator(self: UnitNumber, *others: Any) -> Any:
+        with self._mode.without_reads():
+            plain = [other.tensor if isinstance(other, UnitNumber) else other for other in others]
+            result = getattr(self.tensor, name)(*plain)
+        # A tensor in, a tensor out; numbers in, a number out.
+        lone = not any(isinstance(other, Tensor) for other in others)
+        return UnitNumber(result, self._mode) if lone and isinstance(result, Tensor) else result
+
+    return operator
+
+
+_BINARY = [
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "mul",
+    "rmul",
+    "truediv",
+    "rtruediv",
+    "floordiv",
+    "rfloordiv",
+    "mod",
+    "rmod",
+    "pow",
+    "rpow",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "eq",
+    "ne",
+]
+for _name in (*_BINARY, "neg", "abs"):
+    setattr(UnitNumber, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def same(mode: UnitMode, read: Callable[[Tensor], Any], tensor: Tensor, where: str) -> Any:
+    """Return what ``read`` returns for every unit.
+
+    Raises:
+        UnitsDiffer: It returns different values.
+        NotImplementedError: The user's own vmap is around the tensor.
+    """
+    if not is_batched(tensor):
+        return read(tensor)
+    rows = in_front(tensor, mode.n)
+    if is_batched(rows):
+        raise NotImplementedError(f"a value is read inside a vmap of the loss's own ({where})")
+    with below_vmap(), torch._C.DisableTorchFunction():
+        values = rows.detach().cpu()
+        found = [read(value) for value in values]
+    return agreed(mode, found, where)
+
+
+def agreed(mode: UnitMode, values: Sequence[Any], where: str) -> Any:
+    """Return the value that all units have, and remember that it was read.
+
+    Raises:
+        UnitsDiffer: They have different ones.
+    """
+    keys = [_key(value) for value in values]
+    if any(key != keys[0] for key in keys):
+        raise UnitsDiffer(keys, where)
+    mode.reads.append(keys[0])
+    return values[0]
+
+
+def _key(value: Any) -> Hashable:
+    if isinstance(value, float) and math.isnan(value):
+        return "nan"  # equal to itself here
+    if isinstance(value, list | tuple):
+        return tuple(map(_key, value))
+    return value  # type: ignore[no-any-return]
+
+
+# ---- calls that read ------------------------------------------------------------------------------------------------
+
+
+def _number(mode: UnitMode, function: Callable[..., Any], tensor: Tensor, *args: Any) -> Any:
+    return same(mode, lambda value: function(value, *args), tensor, function.__name__)
+
+
+def _item(mode: UnitMode, function: Callable[..., Any], tensor: Tensor) -> Any:
+    if tensor.numel() != 1:
+        raise ValueError(f"item() of a tensor with {tensor.numel()} elements")
+    return UnitNumber(tensor.reshape(()), mode) if is_batched(tensor) else function(tensor)
+
+
+def _numpy(mode: UnitMode, function: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    same(mode, lambda value: value.tolist(), tensor, function.__name__)
+    with below_vmap(), torch._C.DisableTorchFunction():
+        return function(in_front(tensor, mode.n)[0].detach(), *args, **kwargs)
+
+
+def _compare(mode: UnitMode, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return agreed(mode, _by_unit(mode, function, args, kwargs), function.__name__)
+
+
+def _text(mode: UnitMode, function: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> str:
+    with below_vmap(), torch._C.DisableTorchFunction():
+        return str(function(in_front(tensor, mode.n)[0].detach(), *args, **kwargs))
+
+
+def of_data_size(mode: UnitMode, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return the results of units one by one, stacked, where they have one shape.
+
+    Raises:
+        UnitsDiffer: They have different shapes.
+    """
+    results = _by_unit(mode, function, args, kwargs)
+    columns = [*zip(*results, strict=True)] if isinstance(results[0], tuple) else [results]
+    shapes = [tuple(tuple(part.shape) for part in parts) for parts in zip(*columns, strict=True)]
+    agreed(mode, shapes, f"the size of {getattr(function, '__name__', 'a mask')}")
+    with below_vmap():
+        stacked = tuple(batched(torch.stack(column)) for column in columns)
+    return stacked if isinstance(results[0], tuple) else stacked[0]
+
+
+def _by_unit(mode: UnitMode, function: Callable[..., Any], args: Any, kwargs: Any) -> list[Any]:
+    rows = [in_front(a, mode.n) if isinstance(a, Tensor) else a for a in args]
+    if any(map(is_batched, rows)):
+        raise NotImplementedError(f"{function.__name__} inside a vmap of the loss's own")
+    with below_vmap():
+        return [function(*(a[i] if isinstance(a, Tensor) else a for a in rows), **kwargs) for i in range(mode.n)]
+
+
+def _where(mode: UnitMode, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if len(args) + len(kwargs) != 1:
+        return NotImplemented
+    return tuple(of_data_size(mode, torch.nonzero, *args, **kwargs).unbind(-1))
+
+
+def indices_of_masks(mode: UnitMode, index: Any) -> Any:
+    """Return an index in which masks that differ between units are replaced by the positions of what they select."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if not any(is_batched(part) and part.dtype == torch.bool for part in parts):
+        return index
+    positions: list[Any] = []
+    for part in parts:
+        if is_batched(part) and part.dtype == torch.bool:
+            positions += of_data_size(mode, torch.nonzero, part).unbind(-1)
+        else:
+            positions.append(part)
+    return tuple(positions)
+
+
+def _select(mode: UnitMode, function: Callable[..., Any], tensor: Tensor, index: Any) -> Any:
+    return function(tensor, indices_of_masks(mode, index))
+
+
+def _assign(mode: UnitMode, function: Callable[..., Any], tensor: Tensor, index: Any, value: Any) -> Any:
+    if isinstance(value, UnitNumber):
+        value = value.tensor
+    if isinstance(value, Tensor) and value.dim() and not isinstance(index, tuple):
+        index = indices_of_masks(mode, index)
+    elif is_batched(index) and index.dtype == torch.bool:  # one value wherever the mask says so
+        return tensor.masked_fill_(index.reshape(index.shape + (1,) * (tensor.dim() - index.dim())), value)
+    return function(tensor, index, value)
+
+
+_NUMBERS = (Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.__complex__)
+_SIZED = (
+    torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere, torch.masked_select, Tensor.masked_select,
+    torch.unique, Tensor.unique, torch.unique_consecutive, Tensor.unique_consecutive, torch.bincount, Tensor.bincount,
+)  # fmt: skip
+READS: dict[Callable[..., Any], Callable[..., Any]] = {
+    **dict.fromkeys((*_NUMBERS, Tensor.tolist, Tensor.is_nonzero, torch.is_nonzero), _number),
+    **dict.fromkeys(_SIZED, of_data_size),
+    **dict.fromkeys((torch.equal, Tensor.equal, torch.allclose, Tensor.allclose), _compare),
+    **dict.fromkeys((Tensor.__format__, Tensor.__repr__), _text),
+    **dict.fromkeys((Tensor.numpy, Tensor.__array__), _numpy),
+    Tensor.item: _item,
+    Tensor.__contains__: _compare,
+    torch.where: _where,
+    Tensor.__getitem__: _select,
+    Tensor.__setitem__: _assign,
+}

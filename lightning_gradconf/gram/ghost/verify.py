@@ -1,0 +1,101 @@
+"""The proof that factors are the gradients of the units: an exact test with random weights.
+
+For random r, PyTorch's own gradient of ``sum_i r_i loss_i`` must be ``sum_i r_i g_i``, with the g_i that the factors
+stand for. Where the units lie elsewhere, or a rule is wrong, that holds with probability zero. Both sides share one
+forward pass, so they differ by rounding alone. One unit is computed in plain autograd besides, which shares nothing
+with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from lightning_gradconf.gram.ghost import graph as graphs
+from lightning_gradconf.gram.ghost.factors import GradientFactors, materialize
+from lightning_gradconf.gram.ghost.graph import Edge
+from lightning_gradconf.gram.objective import as_rows
+
+# Rounding errors by which a parameter's two sums may differ, in norms: of its own, and of the largest gradient.
+_OWN, _LARGEST = 500, 20
+# The same for types of half precision, which round each entry of a sum of their own.
+_OWN_HALF, _LARGEST_HALF = 16, 1
+
+
+@dataclass
+class Proof:
+    """What is compared in one measurement.
+
+    Args:
+        weights: The random r, ``(n,)``.
+        wanted: PyTorch's gradients of the weighted losses, by the id of the leaf.
+        unit: A unit whose gradient is kept, to be compared with plain autograd.
+        precision: The least precise type of any tensor in the graph.
+
+    Attributes:
+        row: The gradient of that unit, by parameter.
+        unproved: Uses that had no gradient, or one that fits several places.
+        errors: For each parameter the norm of the difference, and the larger norm of the two sides.
+    """
+
+    weights: Tensor
+    wanted: Mapping[int, Tensor | None]
+    unit: int
+    precision: torch.dtype
+    row: dict[str, Tensor] = field(default_factory=dict)
+    unproved: set[int] = field(default_factory=set)
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def compare(
+        self, name: str, leaves: Sequence[Tensor], parts: Sequence[GradientFactors], source: Edge | None
+    ) -> None:
+        """Compare the weighted sum of a parameter's gradients with PyTorch's own.
+
+        Args:
+            name: The parameter.
+            leaves: Its leaves in the graph.
+            parts: The factors of its gradients.
+            source: The tensor that these are the gradients of, if its entries are those of the parameter rearranged.
+        """
+        leaf = leaves[0]
+        weights = self.weights.to(as_rows(leaf[None], 1).dtype)
+        first, *others = (part.weighted(weights) for part in parts)
+        got = sum(others, first)
+        row = materialize(*(part.units(slice(self.unit, self.unit + 1)) for part in parts))[0]
+        if source is not None:
+            got, row = (_pulled(gradient, source, leaf) for gradient in (got, row))
+        known = [gradient for tensor in leaves if (gradient := self.wanted[id(tensor)]) is not None]
+        want = sum((as_rows(gradient, 1)[0] for gradient in known), torch.zeros_like(got))
+        self.row[name] = row
+        self.errors[name] = float((got - want).norm()), max(float(got.norm()), float(want.norm()))
+
+    def failures(self) -> dict[str, float]:
+        """Return the parameters that failed, each with its relative error."""
+        half = self.precision in (torch.bfloat16, torch.float16)
+        own, of_largest = (_OWN_HALF, _LARGEST_HALF) if half else (_OWN, _LARGEST)
+        epsilon = torch.finfo(self.precision).eps
+        largest = max((size for _, size in self.errors.values() if size < float("inf")), default=0.0)
+        return {
+            name: error / max(size, 1e-300)
+            for name, (error, size) in self.errors.items()
+            if error > epsilon * (own * size + of_largest * largest)
+        }
+
+
+def random_weights(like: Tensor, seed: int) -> Tensor:
+    """Return weights between 0.5 and 1.5, no two of them close, in the type of ``like (n,)``."""
+    n, generator = len(like), torch.Generator().manual_seed(seed)
+    steps = torch.randperm(n, generator=generator) + 0.5 * torch.rand(n, generator=generator)
+    return (0.5 + steps / n).to(like)
+
+
+def _pulled(gradient: Tensor, source: Edge, leaf: Tensor) -> Tensor:
+    node, number = source
+    assert node is not None
+    seed = gradient.view(graphs.shape(source)).to(leaf.dtype)
+    (found,) = torch.autograd.grad([GradientEdge(node, number)], [leaf], [seed], retain_graph=True)
+    return as_rows(found[None], 1)[0]

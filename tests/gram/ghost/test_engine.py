@@ -1,0 +1,371 @@
+"""The ghost engine over several measurements: what it proves, remembers, refuses and releases."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from zoo import ZOO, Model, cross_entropy, mean_square
+
+from lightning_gradconf.batches.units import split
+from lightning_gradconf.gram.findings import findings_of
+from lightning_gradconf.gram.ghost import engine, functorch, nodes, placement, rules
+from lightning_gradconf.gram.ghost.factors import OuterProducts, gram_of_sum
+from lightning_gradconf.gram.measurement_mode import MeasurementMode
+from lightning_gradconf.gram.objective import objective
+from lightning_gradconf.gram.ranks.process_group import Ranks
+from lightning_gradconf.gram.select import _say_once, gram_of_units
+
+Grams = dict[str, Tensor]
+
+
+def measure(module: nn.Module, loss: Any, batch: Any, name: str = "ghost", unit_size: int = 1) -> Grams:
+    ranks = Ranks(torch.device("cpu"))
+    return gram_of_units(ranks, objective(module, loss), split(batch, unit_size), unit_size, name)[0]
+
+
+def used(module: nn.Module, loss: Any, batch: Any, unit_size: int = 1) -> str:
+    ranks = Ranks(torch.device("cpu"))
+    return gram_of_units(ranks, objective(module, loss), split(batch, unit_size), unit_size)[1]
+
+
+def error(got: Grams, want: Grams) -> float:
+    """Largest error of the total Gram, in units of the norms of the two gradients."""
+    assert got.keys() == want.keys()
+    got_sum, want_sum = (sum(gram.double() for gram in grams.values()) for grams in (got, want))
+    norms = want_sum.diagonal().sqrt()
+    return float(((got_sum - want_sum).abs() / norms.outer(norms).clamp_min(1e-300)).max())
+
+
+# ---- the proof -------------------------------------------------------------------------------------------------------
+
+
+def wrong_factor(node: Any, slot: int, delta: Tensor, shape: Any, at: Any) -> Any:
+    part = RIGHT(node, slot, delta, shape, at)
+    return OuterProducts(part.left, part.right * 1.01) if isinstance(part, OuterProducts) else part
+
+
+def wrong_order(node: Any, slot: int, delta: Tensor, shape: Any, at: Any) -> Any:
+    part = RIGHT(node, slot, delta, shape, at)
+    return OuterProducts(part.left.roll(1, 1), part.right.roll(1, 1)) if isinstance(part, OuterProducts) else part
+
+
+RIGHT = rules.RULES["AddmmBackward0"]
+
+
+@pytest.mark.parametrize("wrong", [wrong_factor, wrong_order])
+def test_a_wrong_rule_is_noticed_said_once_and_measured_by_the_others(wrong, monkeypatch, caplog):
+    monkeypatch.setitem(rules.RULES, "AddmmBackward0", wrong)
+    model, loss, batch = ZOO["mlp"]()
+    with pytest.raises(RuntimeError, match=r"weighted sum of gradients is wrong.* of '\d\.weight' by"):
+        measure(model, loss, batch)
+    model, loss, batch = ZOO["mlp"]()
+    want = measure(model, loss, batch, "loop")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "lightning_gradconf"):
+        for _ in range(3):
+            assert error(measure(model, loss, batch, "auto"), want) < 1e-12
+    (record,) = caplog.records
+    assert "torch.func is not used for Sequential" in record.getMessage()
+
+
+def test_the_sum_of_all_gradients_would_prove_nothing(monkeypatch):
+    """Units in a wrong order have the same sum, so weights must differ."""
+    monkeypatch.setitem(rules.RULES, "AddmmBackward0", wrong_order)
+    monkeypatch.setattr(engine, "random_weights", lambda like, seed: torch.ones_like(like))
+    monkeypatch.setattr(engine, "disagreement", lambda *_: {})
+    model, loss, batch = ZOO["mlp"]()
+    assert error(measure(model, loss, batch), measure(model, loss, batch, "loop")) > 0.1
+
+
+def test_a_unit_alone_is_compared_with_what_vmap_makes_of_it(monkeypatch):
+    """A Function that vmap would get wrong shares its fault with the weighted sum, but not with plain autograd."""
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            return x * 1
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+        @staticmethod
+        def vmap(info, in_dims, x):
+            return Wrong.apply(x) * 2, in_dims[0]
+
+    model = Model(lambda self, x: Wrong.apply(self.layer(x)), layer=nn.Linear(4, 3)).double()
+    x = torch.randn(5, 4).double()
+    with pytest.raises(RuntimeError, match="a unit by itself has another gradient"):
+        measure(model, mean_square, x)
+    assert error(measure(model, mean_square, x, "auto"), measure(model, mean_square, x, "loop")) < 1e-12
+
+
+def test_proofs_come_at_powers_of_two_and_with_new_graphs(monkeypatch):
+    proofs: list[int] = []
+    proved = engine._Measurement._proved
+    monkeypatch.setattr(engine._Measurement, "_proved", lambda self, *a: proofs.append(number) or proved(self, *a))
+    model, loss, (x, y) = ZOO["mlp"]()
+    for number in range(1, 10):
+        some = slice(0, 5 if number == 7 else 6)
+        measure(model, loss, (x[some], y[some]))
+    assert proofs == [1, 2, 4, 7, 8]
+
+
+def test_a_gradient_that_was_zero_is_proved_when_it_comes(monkeypatch):
+    """Units are looked for in the wrong place until a proof says otherwise."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.inner(x).transpose(0, 1)  # time first
+        return (self.outer(h) * self.scale).mean(0)
+
+    parts = {"inner": nn.Linear(4, 5), "outer": nn.Linear(5, 3)}
+    model = Model(forward, **parts, scale=torch.zeros(())).double()
+    x = torch.randn(6, 6, 4).double()
+    for scale in (0.0, 0.0, 0.0, 1.0, 1.0):
+        model.scale = torch.tensor(scale).double()
+        got, want = (measure(model, mean_square, x, name) for name in ("ghost", "loop"))
+        assert error(got, want) < 1e-12
+
+
+def test_places_that_the_data_do_not_tell_apart_cost_no_proof_each_time(monkeypatch):
+    """With 32 units of 65 tokens, of which the first alone counts, two places fit: row 65 i is in unit i for both."""
+    proofs: list[int] = []
+    proved = engine._Measurement._proved
+    monkeypatch.setattr(engine._Measurement, "_proved", lambda self, *a: proofs.append(1) or proved(self, *a))
+    model = Model(lambda self, x: self.layer(x)[:, 0], layer=nn.Linear(4, 3)).double()
+    x = torch.randn(32, 65, 4).double()
+    for _ in range(7):
+        assert error(measure(model, mean_square, x), measure(model, mean_square, x, "loop")) < 1e-12
+    assert len(proofs) == 3
+
+    everything = Model(lambda self, x: self.layer(x).mean(1) + self.layer(x)[:, 0], layer=nn.Linear(4, 3)).double()
+    assert error(measure(everything, mean_square, x), measure(everything, mean_square, x, "loop")) < 1e-12
+
+
+def test_units_that_are_innermost_are_found():
+    """A user's own vmap-like layout: units end up behind time in a matrix product."""
+    model = Model(lambda self, x: torch.einsum("nti,oi->tno", x, self.weight), weight=nn.Parameter(torch.randn(3, 4)))
+    model.double()
+    x = torch.randn(6, 6, 4).double()
+    for _ in range(2):
+        assert error(measure(model, mean_square, x), measure(model, mean_square, x, "loop")) < 1e-12
+
+
+def test_results_without_units_are_recognised_whatever_their_sizes():
+    """Positions as many as units, looked up and multiplied before they meet the data."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        positions = self.positions(torch.arange(6)) * torch.linspace(0, 1, 6).double()[:, None]
+        return self.head((x + positions).tanh())
+
+    model = Model(forward, positions=nn.Embedding(6, 4), head=nn.Linear(4, 3)).double()
+    x = torch.randn(6, 6, 4).double()
+    for _ in range(2):
+        assert error(measure(model, mean_square, x), measure(model, mean_square, x, "loop")) < 1e-12
+
+
+# ---- units that go different ways ------------------------------------------------------------------------------------
+
+
+def branches(ways: int) -> tuple[nn.Module, Callable[..., Tensor], Tensor]:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        return h * (1 + int(x[:, 0].max() % ways))
+
+    x = torch.randn(9, 4).double()
+    x[:, 0] = torch.arange(9).double()
+    return Model(forward, layer=nn.Linear(4, 3)).double(), mean_square, x
+
+
+@pytest.mark.parametrize("ways", [1, 2, 4])
+def test_units_that_go_a_few_ways_are_measured_in_a_pass_each(ways):
+    for _ in range(2):
+        model, loss, x = branches(ways)
+        assert error(measure(model, loss, x), measure(model, loss, x, "loop")) < 1e-12
+
+
+def test_units_that_all_go_different_ways_are_left_to_the_loop(caplog):
+    model, loss, x = branches(9)
+    _say_once.cache_clear()
+    with caplog.at_level(logging.INFO, "lightning_gradconf"):
+        assert used(model, loss, x) == "loop"
+    assert "more than 4 different ways" in caplog.text
+
+
+def test_units_of_two_shapes_share_two_passes():
+    model = Model(lambda self, x: self.layer(x).mean(1), layer=nn.Linear(4, 3)).double()
+    units = [torch.randn(1, length, 4).double() for length in (3, 5, 3, 5, 5)]
+    ranks, target = Ranks(torch.device("cpu")), objective(model, mean_square)
+    got, name = gram_of_units(ranks, target, units, 1)
+    assert name == "ghost"
+    assert error(got, gram_of_units(ranks, target, units, 1, "loop")[0]) < 1e-12
+
+
+@pytest.mark.parametrize("ways", [1, 3])
+def test_factors_are_in_the_order_of_the_units(ways):
+    model, loss, x = branches(ways)
+    want = measure(model, loss, x, "loop")
+    target, mode = objective(model, loss), MeasurementMode(running_statistics=True, dropout=False)
+    for _ in range(2):
+        factors = engine.unit_factors(target, split(x, 1), mode, findings_of(model, loss))
+        assert list(factors) == list(target.parameters), "in one order on all ranks"
+        grams = {name: gram_of_sum(parts, findings_of(model, loss).workspace) for name, parts in factors.items()}
+        assert error(grams, want) < 1e-12
+
+
+def test_a_number_that_is_only_stored_costs_nothing():
+    seen: list[Any] = []
+
+    def loss(module: nn.Module, x: Tensor) -> Tensor:
+        value = module(x).square().mean()
+        seen.append(value.item())
+        seen.append(f"{value.item():.3f} {value:.3f} {value}")
+        seen.append(round(2 * value.item() + 1, 3))
+        return value
+
+    model, x = nn.Linear(4, 3).double(), torch.randn(6, 4).double()
+    assert used(model, loss, x) == "ghost"
+    assert isinstance(seen[1], str)
+
+
+def test_a_number_that_is_computed_with_is_that_of_each_unit():
+    def loss(module: nn.Module, x: Tensor) -> Tensor:
+        value = module(x).square().mean()
+        return value / (1 + value.item()) + value * (value.item() ** 2 - 3.0)
+
+    model, x = nn.Linear(4, 3).double(), torch.randn(6, 4).double()
+    assert used(model, loss, x) == "ghost"
+    assert error(measure(model, loss, x), measure(model, loss, x, "loop")) < 1e-12
+
+
+def test_a_number_that_is_compared_sends_units_different_ways():
+    def loss(module: nn.Module, x: Tensor) -> Tensor:
+        value = module(x).square().mean()
+        return value if value.item() > 0.5 else 2 * value
+
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3).double(), torch.randn(6, 4).double()
+    assert used(model, loss, x) == "ghost"
+    assert error(measure(model, loss, x), measure(model, loss, x, "loop")) < 1e-12
+
+
+# ---- what it keeps, and what it gives up -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mlp", "weight_norm", "recurrent_layer_with_time_first"])
+def test_no_graph_outlives_its_measurement(name):
+    model, loss, batch = ZOO[name]()
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(type(thing) is Tensor for thing in gc.get_objects())
+
+    for _ in range(4):
+        measure(model, loss, batch)
+    before = tensors()
+    for _ in range(3):
+        measure(model, loss, batch)
+    assert tensors() == before
+
+
+def test_findings_go_with_their_module():
+    model, loss, batch = ZOO["mlp"]()
+    measure(model, loss, batch)
+    assert findings_of(model, loss).graphs
+    reference = __import__("weakref").ref(findings_of(model, loss))
+    del model
+    gc.collect()
+    assert reference() is None
+
+
+@pytest.mark.parametrize("attribute", ["_saved_mat1", "_saved_stride", "_input_metadata"])
+def test_an_attribute_that_pytorch_renamed_costs_speed_only(attribute, monkeypatch):
+    def renamed(node: Any, name: str) -> Any:
+        if name == attribute:
+            raise NotImplementedError(f"{node.name()} has no attribute {name}")
+        return getattr(node, name)
+
+    monkeypatch.setattr(nodes, "_attribute", renamed)
+    model, loss, batch = ZOO["cnn"]()
+    assert error(measure(model, loss, batch, "auto"), measure(model, loss, batch, "loop")) < 1e-12
+
+
+def test_functorch_has_the_names_that_are_read():
+    assert functorch.MISSING is None, functorch.MISSING
+
+
+def test_without_them_the_other_engines_measure(monkeypatch, caplog):
+    monkeypatch.setattr(functorch, "MISSING", "torch 9 has renamed what the ghost engine reads of functorch")
+    _say_once.cache_clear()
+    model, loss, batch = ZOO["mlp"]()
+    with caplog.at_level(logging.INFO, "lightning_gradconf"):
+        assert used(model, loss, batch) == "vmap"
+    assert "torch 9 has renamed" in caplog.text
+
+
+def test_gradients_that_are_not_finite_prove_nothing_and_are_no_refusal():
+    model, loss, (x, y) = ZOO["mlp"]()
+    broken = x.clone()
+    broken[2] = float("nan")
+    for batch in ((broken, y), (x, y), (broken, y)):
+        got, want = (sum(measure(model, loss, batch, name).values()) for name in ("auto", "loop"))
+        torch.testing.assert_close(got, want, equal_nan=True)
+    assert findings_of(model, loss).refused is None and used(model, loss, (x, y)) == "ghost"
+
+
+def test_gradients_in_float32_are_within_its_precision():
+    for name in ("mlp", "cnn", "residual_block_with_groupnorm", "transformer_encoder", "transformer"):
+        model, loss, batch = ZOO[name]()
+        want = measure(model, loss, batch, "loop")
+        x, *others = batch if isinstance(batch, tuple) else (batch,)
+        narrow = (x.float(), *others) if others else x.float()
+        assert error(measure(model.float(), loss, narrow), want) < 1e-5, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast(dtype):
+    model, _, (x, y) = ZOO["mlp"]()
+
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        with torch.autocast("cpu", dtype):
+            return cross_entropy(module, batch)
+
+    batch = x.float(), y
+    got = measure(model.float(), loss, batch)
+    assert all(gram.dtype == torch.float32 for gram in got.values())
+    assert error(got, measure(model, loss, batch, "loop")) < 2e-2
+
+
+def test_a_loss_that_draws_gets_numbers_of_its_own_for_each_unit():
+    model = Model(lambda self, x: self.layer(x + torch.randn_like(x)), layer=nn.Linear(4, 3)).double()
+    gram = sum(measure(model, mean_square, torch.zeros(6, 4).double()).values())
+    assert len({round(float(value), 9) for value in gram.diagonal()}) == 6
+
+
+def test_with_dropout_each_unit_has_masks_of_its_own():
+    model = nn.Linear(64, 1, bias=False).double()
+
+    def masked(module: nn.Module, x: Tensor) -> Tensor:
+        return (module.weight * F.dropout(x, 0.5)).sum() * 0.5
+
+    target, units = objective(model, masked), split(torch.ones(6, 64).double(), 1)
+    grams, name = gram_of_units(Ranks(torch.device("cpu")), target, units, 1, dropout=True)
+    assert name == "ghost"
+    assert len({float(value) for value in grams["weight"][0]}) > 3
+
+
+def test_a_refusal_for_lack_of_places_names_the_node(monkeypatch):
+    monkeypatch.setattr(placement.Placement, "_outer", lambda *_: [])
+    with pytest.raises(NotImplementedError, match=r"Backward0: no dimension of \(6, 1, 3\) holds 6 units"):
+        measure(*ZOO["mlp"]())

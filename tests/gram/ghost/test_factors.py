@@ -1,0 +1,153 @@
+"""Factors of gradients: every form of their Gram, sums, and units of several passes, against formed gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_gradconf.gram.ghost import contraction, convolution, factors
+from lightning_gradconf.gram.ghost.contraction import Workspace
+from lightning_gradconf.gram.ghost.convolution import ConvolutionFactors
+from lightning_gradconf.gram.ghost.factors import (
+    Dense,
+    GradientFactors,
+    IndexedRows,
+    OuterProducts,
+    gram_of_sum,
+    joined,
+    materialize,
+    reordered,
+)  # fmt: skip
+
+
+def check_what_all_factors_do(part: GradientFactors, gradients: Tensor) -> None:
+    """Compare with formed gradients ``(n, numel)``."""
+    n = len(gradients)
+    weights = torch.linspace(-1, 2, n).double()
+    torch.testing.assert_close(materialize(part), gradients)
+    torch.testing.assert_close(part.weighted(weights), weights @ gradients)
+    assert (part.n, part.numel) == gradients.shape
+    torch.testing.assert_close(materialize(part.units(slice(1, 2))), gradients[1:2])
+    order = torch.arange(n).flip(0)
+    torch.testing.assert_close(materialize(reordered(part, order)), gradients.flip(0))
+    groups = [[part.units(slice(0, 1))], [part.units(slice(1, n))]]
+    torch.testing.assert_close(materialize(*joined(groups)), gradients)
+
+
+def test_groups_whose_factors_differ_are_joined_as_gradients():
+    rows = OuterProducts(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 5))
+    dense = Dense(torch.randn(3, 20))
+    (both,) = joined([[rows], [dense]])
+    torch.testing.assert_close(materialize(both), torch.cat([materialize(rows), dense.gradients]))
+
+
+def test_groups_of_sequences_of_different_lengths_are_joined_with_zeros():
+    parts = [OuterProducts(torch.randn(1, 2, length, 4), torch.randn(1, 2, length, 5)) for length in (3, 7)]
+    (both,) = joined([[part] for part in parts])
+    assert isinstance(both, OuterProducts)
+    torch.testing.assert_close(materialize(both), torch.cat([materialize(part) for part in parts]))
+
+
+def test_the_gram_of_a_sum_of_different_factors():
+    parts = [
+        IndexedRows(torch.randint(6, (3, 4)), torch.randn(3, 4, 5).double(), 6),
+        OuterProducts(torch.randn(1, 3, 2, 6).double(), torch.randn(1, 3, 2, 5).double()),
+        Dense(torch.randn(3, 30).double()),
+    ]
+    gradients = materialize(*parts)
+    torch.testing.assert_close(gradients, sum(materialize(part) for part in parts))
+    for some in (parts, parts[:2], [parts[1], parts[1]]):
+        formed = materialize(*some)
+        torch.testing.assert_close(gram_of_sum(some, Workspace()), formed @ formed.T)
+
+
+@given(
+    dims=st.integers(1, 3),
+    geometry=st.tuples(*[st.integers(1, 3)] * 2, st.integers(0, 2), st.integers(1, 2)),
+    groups=st.sampled_from([1, 2, 4]),
+    transposed=st.booleans(),
+    samples=st.sampled_from([1, 2]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_form_of_every_convolution(dims, geometry, groups, transposed, samples, seed):
+    torch.manual_seed(seed)
+    kernel, stride, padding, dilation = geometry
+    kind = getattr(nn, f"Conv{'Transpose' * transposed}{dims}d")
+    layer = kind(4, 8, kernel, stride, padding, groups=groups, dilation=dilation).double()
+    x = torch.randn(3 * samples, 4, *([6, 5, 5][:dims]), dtype=torch.float64)
+    weight, forms = layer.weight, []
+    out = layer(x)
+    if out.numel() == 0:
+        return
+    delta = torch.randn_like(out)
+    want = [
+        torch.autograd.grad(layer(a), weight, d)[0].flatten()
+        for a, d in zip(x.split(samples), delta.split(samples), strict=True)
+    ]
+    gram = torch.stack(want) @ torch.stack(want).T
+    spatial = [[value] * dims for value in (stride, padding, dilation)]
+    part = ConvolutionFactors(x, delta, weight.detach(), 3, *spatial, transposed, [0] * dims, groups)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "cheapest", lambda workspace, key, forms_: forms.append(forms_) or gram)
+        part.gram(Workspace())
+    assert set(forms[0]) >= {"unit"} | ({"taps", "shifted", "folded"} if groups == 1 and not transposed else set())
+    for name, (_, form) in forms[0].items():
+        torch.testing.assert_close(form(), gram, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+    check_what_all_factors_do(part, torch.stack(want))
+
+
+@given(st.integers(1, 3), st.integers(2, 5), st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))
+@settings(max_examples=40, deadline=None)
+def test_both_forms_of_outer_products(groups, n, rows, p, q):
+    part = OuterProducts(torch.randn(groups, n, rows, p).double(), torch.randn(groups, n, rows, q).double())
+    gradients = torch.einsum("gnrp,gnrq->ngpq", part.left, part.right).flatten(1)
+    want = gradients @ gradients.T
+    torch.testing.assert_close(part._pairs(Workspace()), want)
+    torch.testing.assert_close(gram_of_sum([part], Workspace()), want)
+    check_what_all_factors_do(part, gradients)
+
+
+@given(st.integers(2, 5), st.integers(1, 6), st.integers(1, 40), st.integers(1, 4), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_both_forms_of_indexed_rows(n, rows, words, q, seed):
+    torch.manual_seed(seed)
+    part = IndexedRows(torch.randint(words, (n, rows)), torch.randn(n, rows, q).double(), words)
+    table = torch.zeros(n, words, q).double()
+    for unit in range(n):
+        for row in range(rows):
+            table[unit, part.index[unit, row]] += part.values[unit, row]
+    want = table.flatten(1) @ table.flatten(1).T
+    check_what_all_factors_do(part, table.flatten(1))
+    torch.testing.assert_close(part.gram(Workspace()), want)
+    with pytest.MonkeyPatch.context() as patch:  # the way for words that most units share
+        patch.setattr(factors, "BLOCK", n * words)  # a few columns at a time
+        patch.setattr(IndexedRows, "_is_sparse", lambda *_: False)
+        torch.testing.assert_close(part.gram(Workspace()), want)
+        patch.setattr(IndexedRows, "_is_sparse", lambda *_: True)
+        torch.testing.assert_close(part.gram(Workspace()), want)
+
+
+def test_a_form_that_is_far_slower_is_timed_once(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(contraction.time, "perf_counter", lambda: now[0])
+    ran: list[str] = []
+
+    def form(name: str, *seconds: float) -> tuple[float, Callable[[], Tensor]]:
+        def run() -> Tensor:
+            now[0] += seconds[ran.count(name)]
+            ran.append(name)
+            return torch.zeros(2, 2)
+
+        return 1e9, run
+
+    workspace = Workspace()
+    forms = {"slow": form("slow", 0.5, 0.0), "new": form("new", 0.012, 0.001), "fast": form("fast", 0.004, 0.003, 0.0)}
+    contraction.cheapest(workspace, "shape", forms)
+    assert ran == ["slow", "new", "fast", "new", "fast"]
+    assert workspace.fastest == {"shape": "new"}
