@@ -14,9 +14,16 @@ from torch.autograd.graph import GradientEdge, Node
 from lightning_gradconf.gram.findings import Places
 from lightning_gradconf.gram.ghost import graph as graphs
 from lightning_gradconf.gram.ghost.contraction import Workspace
-from lightning_gradconf.gram.ghost.factors import Dense, GradientFactors, OuterProducts, gram_of_sum, materialize
+from lightning_gradconf.gram.ghost.factors import (
+    Dense,
+    GradientFactors,
+    Multiples,
+    OuterProducts,
+    gram_of_sum,
+    materialize,
+)  # fmt: skip
 from lightning_gradconf.gram.ghost.graph import Graph, Use
-from lightning_gradconf.gram.ghost.nodes import variable
+from lightning_gradconf.gram.ghost.nodes import dtypes, variable
 from lightning_gradconf.gram.ghost.placement import Placement
 from lightning_gradconf.gram.ghost.rules import factors_of
 from lightning_gradconf.gram.ghost.verify import Proof
@@ -83,10 +90,10 @@ class Accumulator:
 
     def finish(self) -> None:
         """Complete what not all uses had a gradient for, when there are no more gradients to come."""
-        for name in [name for name in self._parts if name not in self.missing]:
-            self._complete(name)
         if self._pulled:
             self._pull()
+        for name in [name for name in self._parts if name not in self.missing]:
+            self._complete(name)
         for name, p in self._parameters.items():
             if name in self.grams or name in self.factors or name in self.missing:
                 continue
@@ -139,6 +146,9 @@ class Accumulator:
 
     def _keep(self, use: Use, part: GradientFactors) -> None:
         """Put what a use contributes to what its parameter has already; after the last use, complete the parameter."""
+        if graphs.is_multiple(use):
+            self._keep_multiples(use, materialize(part).squeeze(1))
+            return
         if use.free.parameters & self._by_pull:
             node, number = use.source
             assert node is not None
@@ -152,6 +162,26 @@ class Accumulator:
         self._waiting[name] -= 1
         if not self._waiting[name]:
             self._complete(name)
+
+    def _keep_multiples(self, use: Use, coefficients: Tensor) -> None:
+        """Put multiples of the gradient of one number to what the parameters behind it have already."""
+        node, number = use.source
+        assert node is not None
+        leaves = [(name, leaf) for name in use.free.parameters for leaf in self._leaves[name]]
+        seed = torch.ones(graphs.shape(use.source), dtype=dtypes(node)[number], device=coefficients.device)
+        gradients = torch.autograd.grad(
+            [GradientEdge(node, number)], [leaf for _, leaf in leaves], [seed], retain_graph=True, allow_unused=True
+        )
+        for (name, _), gradient in zip(leaves, gradients, strict=True):
+            if gradient is not None:
+                direction = as_rows(gradient, 1)[0]
+                multiples = Multiples(coefficients.to(direction.dtype), direction)
+                # Other groups or ranks may have another direction.
+                self._parts[name].append(Dense(materialize(multiples)) if self._keeps else multiples)
+        for name in use.free.parameters:
+            self._waiting[name] -= 1
+            if not self._waiting[name] and name in self._parts:
+                self._complete(name)
 
     def _complete(self, name: str) -> None:
         parts = self._parts.pop(name)
@@ -188,8 +218,7 @@ class Accumulator:
                 if gradient is not None:
                     rows[name] = rows.get(name, 0) + as_rows(gradient, self._n)
         for name, row in rows.items():
-            self._parts[name] = [Dense(upcast(row))]
-            self._complete(name)
+            self._parts[name].append(Dense(upcast(row)))
 
 
 def _upright(part: GradientFactors, use: Use) -> GradientFactors:

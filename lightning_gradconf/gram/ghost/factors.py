@@ -223,7 +223,48 @@ class IndexedRows:
         return mirrored(gram)
 
 
-GradientFactors = Dense | OuterProducts | IndexedRows | ConvolutionFactors
+@dataclass
+class Multiples:
+    """Gradients that are multiples of one direction, as those of a penalty on the weights.
+
+    Attributes:
+        coefficients: ``(n,)``.
+        direction: ``(numel,)``.
+        major: Rows of a gradient read as a matrix, any divisor of ``numel``.
+    """
+
+    coefficients: Tensor
+    direction: Tensor
+    major: int = 1
+
+    @property
+    def n(self) -> int:
+        """Units."""
+        return len(self.coefficients)
+
+    @property
+    def numel(self) -> int:
+        """Entries of a gradient."""
+        return len(self.direction)
+
+    def block(self, lo: int, hi: int) -> Tensor:
+        """Some rows of the gradients, ``(n, hi - lo, ...)``."""
+        return self.coefficients[:, None, None] * self.direction.view(self.major, -1)[lo:hi]
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """Return the sum of the gradients times ``weights (n,)``, ``(numel,)``."""
+        return (weights @ self.coefficients) * self.direction
+
+    def units(self, some: slice) -> Multiples:
+        """Return the factors of some units."""
+        return replace(self, coefficients=self.coefficients[some])
+
+    def gram(self, workspace: Workspace) -> Tensor:
+        """All inner products, ``(n, n)``."""
+        return self.coefficients.outer(self.coefficients) * self.direction.square().sum()
+
+
+GradientFactors = Dense | Multiples | OuterProducts | IndexedRows | ConvolutionFactors
 # The tensors of each kind: along which dimension units lie, and along which more rows of zeros change nothing.
 TENSORS: dict[type, dict[str, tuple[int, int | None]]] = {
     Dense: {"gradients": (0, None)},
@@ -247,13 +288,16 @@ def gram_of_sum(parts: Sequence[GradientFactors], workspace: Workspace) -> Tenso
     if len(rows) == len(parts) and len({(p.left.shape[0], p.left.shape[3]) for p in rows}) == 1:
         left, right = (torch.cat([getattr(part, side) for part in rows], 2) for side in ("left", "right"))
         return OuterProducts(left, right).gram(workspace)
-    first = parts[0]
-    if len({part.major for part in parts}) == 1:
+    majors = {part.major for part in parts if not isinstance(part, Multiples)} or {parts[0].numel}
+    if len(majors) == 1:
+        (major,) = majors
+        parts = [replace(part, major=major) if isinstance(part, Multiples) else part for part in parts]
+        first = parts[0]
 
         def block(lo: int, hi: int) -> Tensor:
             return sum((part.block(lo, hi).flatten(1) for part in parts[1:]), first.block(lo, hi).flatten(1))
 
-        return by_blocks(first.n, first.numel, first.major, block)
+        return by_blocks(first.n, first.numel, major, block)
     gradients = materialize(*parts)
     return gradients @ gradients.T
 

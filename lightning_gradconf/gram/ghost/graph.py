@@ -6,6 +6,7 @@ A *use* is a node that takes a free tensor and has a result with units: there gr
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, field
@@ -120,14 +121,21 @@ def signature(graph: Graph) -> Signature:
     return tuple(kinds)
 
 
+def is_multiple(use: Use) -> bool:
+    """Return whether units have multiples of one gradient here, as of a penalty on the weights: it has one entry."""
+    return use.free.layout is None and math.prod(shape(use.source)) == 1
+
+
 def formed(graph: Graph) -> set[str]:
     """Return the parameters whose gradients have to be formed: those that are transformed before they meet the data."""
     layouts: dict[str, list[Layout | None]] = defaultdict(list)
+    multiples = {id(use) for use in graph.uses if is_multiple(use)}
     for use in graph.uses:
         for name in use.free.parameters:
-            layouts[name].append(use.free.layout)
+            layouts[name].append("same" if id(use) in multiples else use.free.layout)
     names = {name for name, ways in layouts.items() if None in ways or (len(ways) > 1 and "moved" in ways)}
-    while more := {n for use in graph.uses if use.free.parameters & names for n in use.free.parameters} - names:
+    others = [use.free.parameters for use in graph.uses if id(use) not in multiples]
+    while more := {name for together in others if together & names for name in together} - names:
         names |= more
     return names
 

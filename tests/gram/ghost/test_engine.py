@@ -369,3 +369,20 @@ def test_a_refusal_for_lack_of_places_names_the_node(monkeypatch):
     monkeypatch.setattr(placement.Placement, "_outer", lambda *_: [])
     with pytest.raises(NotImplementedError, match=r"Backward0: no dimension of \(6, 1, 3\) holds 6 units"):
         measure(*ZOO["mlp"]())
+
+
+def test_a_penalty_on_the_weights_forms_no_gradients():
+    """Each unit's share of it is a multiple of one direction, whatever the number of units."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x = torch.randn(7, 4).double()
+
+    def loss(module: nn.Module, x: Tensor) -> Tensor:
+        penalty = sum(p.pow(3).sum() for p in module.parameters())
+        return module(x).square().mean() * (1 + penalty) + 0.1 * penalty
+
+    target, units, least = objective(model, loss), split(x, 1), 8 * (2 * 43 + 20)  # room for two gradients
+    want = measure(model, loss, x, "loop")
+    for _ in range(3):
+        grams, name = gram_of_units(Ranks(torch.device("cpu")), target, units, 1, memory_budget=least)
+        assert name == "ghost"
+        assert error(grams, want) < 1e-12

@@ -17,6 +17,7 @@ from lightning_gradconf.gram.ghost.factors import (
     Dense,
     GradientFactors,
     IndexedRows,
+    Multiples,
     OuterProducts,
     gram_of_sum,
     joined,
@@ -37,6 +38,20 @@ def check_what_all_factors_do(part: GradientFactors, gradients: Tensor) -> None:
     torch.testing.assert_close(materialize(reordered(part, order)), gradients.flip(0))
     groups = [[part.units(slice(0, 1))], [part.units(slice(1, n))]]
     torch.testing.assert_close(materialize(*joined(groups)), gradients)
+
+
+def test_multiples_of_one_direction():
+    part = Multiples(torch.tensor([1.0, -2.0, 0.5]).double(), torch.randn(6).double())
+    gradients = part.coefficients.outer(part.direction)
+    weights = torch.linspace(-1, 2, 3).double()
+    torch.testing.assert_close(materialize(part), gradients)
+    torch.testing.assert_close(part.weighted(weights), weights @ gradients)
+    torch.testing.assert_close(materialize(part.units(slice(1, 2))), gradients[1:2])
+    torch.testing.assert_close(part.gram(Workspace()), gradients @ gradients.T)
+    rows = OuterProducts(torch.randn(1, 3, 4, 2).double(), torch.randn(1, 3, 4, 3).double())
+    for parts in ([part, rows], [rows, part, part], [part, part]):
+        formed = materialize(*parts)
+        torch.testing.assert_close(gram_of_sum(parts, Workspace()), formed @ formed.T)
 
 
 def test_groups_whose_factors_differ_are_joined_as_gradients():
