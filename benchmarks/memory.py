@@ -3,7 +3,7 @@
     python benchmarks/memory.py [--workloads mlp gpt] [--engines ghost vmap loop]
 
 Each number comes from a process of its own: the highest resident memory during two calls above that before them.
-``ghost, first`` includes its first call, which calibrates; the other columns come after a first call. Linux only.
+``ghost, first`` includes its first call, which proves what it reads; the other columns come after one. Linux only.
 """
 
 from __future__ import annotations

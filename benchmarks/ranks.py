@@ -3,7 +3,7 @@
     python benchmarks/ranks.py [--workloads mlp gpt] [--ranks 2] [--rounds 3]
 
 gloo processes with one thread each, on as many cores; the Gram is that of all ranks' units.
-The first measurement, which calibrates, is left out.
+The first measurement, which proves what it reads, is left out.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from torch import distributed as dist
 from workloads import build
 
 from lightning_gradconf.batches.units import split
-from lightning_gradconf.gram.ghost.memory import Memory
 from lightning_gradconf.gram.objective import objective
-from lightning_gradconf.gram.ranks import data_parallel as distributed
 from lightning_gradconf.gram.ranks.process_group import joined
+from lightning_gradconf.gram.select import gram_of_units
 
 ENGINES = ("ghost", "vmap")
 
@@ -34,11 +33,11 @@ def measure(rank: int, ranks: int, store: str, workloads: list[str], rounds: int
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     together = joined(torch.device("cpu"))
     for name in workloads:
-        work, memory = build(name), Memory()
+        work = build(name)
         target, units = objective(work.model, work.loss), split(work.batch, work.unit_size)
 
-        def across(engine: str, work=work, target=target, units=units, memory=memory):
-            return distributed.gram_of_units(together, target, units, work.unit_size, engine, False, memory=memory)
+        def across(engine: str, work=work, target=target, units=units):
+            return gram_of_units(together, target, units, work.unit_size, engine)
 
         engines = {engine: lambda engine=engine: across(engine) for engine in ENGINES}
         methods = {"ordinary": ordinary(work), **engines}

@@ -5,7 +5,7 @@
 All methods take turns in one process, and the numbers are medians. With one thread the time is that of the processor,
 which is the time on the clock of an idle machine, and on a busy one leaves out what others do. Peers that are installed
 (`pip install -e '.[bench]'`) are among the methods; before anything is timed, its Gram is compared with that of
-the loop. The first measurement of ghost, which calibrates, is timed by itself.
+the loop. The first measurement of ghost, which proves what it reads, is timed by itself.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from peers import PEERS
-from torch import Tensor
+from torch import Tensor, nn
 from workloads import WORKLOADS, Workload, build
 
 from lightning_gradconf.batches.units import split
-from lightning_gradconf.gram.ghost.engine import Memory
 from lightning_gradconf.gram.objective import objective
+from lightning_gradconf.gram.ranks.process_group import Ranks
 from lightning_gradconf.gram.select import gram_of_units
 
 MAIN = ("mlp", "cnn", "resnet18", "gpt", "lstm", "encoder")
@@ -31,7 +32,18 @@ ENGINES = ("ghost", "vmap", "loop")
 WRONG = 1e-2  # of the product of two norms: an error that float32 does not explain
 
 
-def ordinary(work: Workload) -> Callable[[], None]:
+class Measured(NamedTuple):
+    """A model with its loss and a batch of ``unit_size`` samples for each unit."""
+
+    model: nn.Module
+    loss: Callable[[Any, Any], Tensor]
+    batch: Any
+    unit_size: int = 1
+
+
+def ordinary(work: Workload | Measured) -> Callable[[], None]:
+    """Return one forward and backward pass."""
+
     def step() -> None:
         work.loss(work.model, work.batch).backward()
         work.model.zero_grad()
@@ -39,37 +51,79 @@ def ordinary(work: Workload) -> Callable[[], None]:
     return step
 
 
-def engine(work: Workload, name: str) -> Callable[[], Tensor]:
-    target, memory = objective(work.model, work.loss), Memory()
-    units = split(work.batch, work.unit_size)
+def engine(work: Workload | Measured, name: str, used: list[str] | None = None) -> Callable[[], Tensor]:
+    """Return a measurement that gives the whole Gram, and adds the engine to ``used``."""
+    target, units = objective(work.model, work.loss), split(work.batch, work.unit_size)
 
     def measure() -> Tensor:
-        grams = list(gram_of_units(target, units, work.unit_size, name, memory=memory)[0].values())
+        options: dict[str, Any] = {"dropout": False, "memory_budget": None, "progress": None, "ordinary": None}
+        found, by = gram_of_units(Ranks(target.device), target, units, work.unit_size, name, **options)
+        if used is not None:
+            used.append(by)
+        grams = list(found.values())
         return sum(grams[1:], grams[0])
 
     return measure
 
 
 def method(work: Workload, name: str) -> Callable[[], Tensor]:
+    """Return a measurement by an engine or a peer."""
     return PEERS[name](work) if name in PEERS else engine(work, name)
 
 
 def seconds(function: Callable[[], object]) -> float:
+    """Return how long a call takes."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
     function()
     return clock() - start
 
 
+def in_turns(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Return the median time of each function; the first of the rounds only warms up."""
+    times: dict[str, list[float]] = {each: [] for each in functions}
+    for turn in range(rounds + 1):
+        for each, function in functions.items():
+            taken = seconds(function)
+            if turn:
+                times[each].append(taken)
+    return {each: statistics.median(taken) for each, taken in times.items()}
+
+
 def error(got: Tensor, want: Tensor) -> float:
+    """Return the largest error, in units of the norms of two gradients."""
     norms = want.diagonal().sqrt()
     return float(((got - want).abs() / norms.outer(norms)).max())
 
 
-def compare(name: str, methods: list[str], rounds: int) -> tuple[dict[str, str], dict[str, str]]:
+def import_everything() -> None:
+    """Measure something small, so that the first measurement of others has nothing to import."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    work = Measured(net, lambda m, x: m(x).square().mean(), torch.randn(4, 3))
+    for name in ENGINES:
+        engine(work, name)()
+
+
+def compare(build: Callable[[], Measured], name: str, rounds: int) -> str:
+    """Return a row: milliseconds of a pass, the engine, a first and a later measurement in passes, and the error."""
+    import_everything()
+    want, work, used, found = engine(build(), "loop")(), build(), list[str](), list[Tensor]()
+    step, measure = ordinary(build()), engine(work, name, used)  # a step changes the statistics of BatchNorm
+    step()
+    first = seconds(lambda: found.append(measure()))
+    median = in_turns({"step": step, "measure": measure}, rounds)
+    base, later = median["step"], median["measure"]
+    above = 1000 * (later - base)
+    off = error(found[0], want)
+    return f"{1000 * base:.3g} | {used[-1]} | {first / base:.1f} | {later / base:.2f} | {above:.1f} | {off:.0e}"
+
+
+def table(name: str, methods: list[str], rounds: int) -> tuple[dict[str, str], dict[str, str]]:
     """Return the cells of a workload, and for methods without a time the reason."""
     want = engine(build(name), "loop")()
     functions: dict[str, Callable[[], object]] = {"ordinary, ms": ordinary(build(name))}
+    functions["ordinary, ms"]()
     first, cells, reasons = 0.0, {}, {}
     for each in methods:
         try:
@@ -78,7 +132,6 @@ def compare(name: str, methods: list[str], rounds: int) -> tuple[dict[str, str],
             took = seconds(lambda function=function, found=found: found.append(function()))
             if (off := error(found[0], want)) > WRONG:
                 raise ArithmeticError(f"the Gram is wrong by {off:.2g}")
-            function()
             functions[each] = function
             first = took if each == "ghost" else first
         except Exception as problem:
@@ -86,14 +139,9 @@ def compare(name: str, methods: list[str], rounds: int) -> tuple[dict[str, str],
                 "fails",
                 f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]:.90}",
             )
-    times: dict[str, list[float]] = {each: [] for each in functions}
-    for turn in range(rounds + 1):
-        for each, function in functions.items():
-            taken = seconds(function)
-            if turn:  # the first round warms up
-                times[each].append(taken)
-    base = statistics.median(times.pop("ordinary, ms"))
-    cells |= {each: f"{statistics.median(taken) / base:.2f}" for each, taken in times.items()}
+    median = in_turns(functions, rounds)
+    base = median.pop("ordinary, ms")
+    cells |= {each: f"{taken / base:.2f}" for each, taken in median.items()}
     return cells | {"ordinary, ms": f"{1000 * base:.3g}", "ghost, first": f"{first / base:.1f}"}, reasons
 
 
@@ -106,12 +154,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")  # each engine and peer has some to give, of operations without a batching rule
+    import_everything()
     columns = ["ordinary, ms", *options.methods, *(["ghost, first"] if "ghost" in options.methods else [])]
     print("| workload | " + " | ".join(columns) + " |")
     print("|---|" + "---|" * len(columns))
     failures = []
     for name in options.workloads:
-        cells, reasons = compare(name, options.methods, options.rounds)
+        cells, reasons = table(name, options.methods, options.rounds)
         print(f"| {name} | " + " | ".join(cells[column] for column in columns) + " |", flush=True)
         failures += [f"{name}, {each}: {reason}" for each, reason in reasons.items()]
     print("", *failures, sep="\n")

@@ -9,14 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lightning_gradconf.plots import plot_runs
-from lightning_gradconf.reports.saved_runs import Curve, loss_keys, measured, read_runs
+from lightning_gradconf.reports.saved_runs import Curve, loss_keys, measured, read_runs, read_settings
+from lightning_gradconf.reports.settings import Settings, why_not_comparable
 
 _BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", "_.-=+*%#"  # from low to high
 _WIDTH = 24  # of a sparkline
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command with ``arguments``, by default the process's own; returns its exit status."""
+    """Run the command with ``arguments``, by default the process's own, and return its exit status."""
     parser = argparse.ArgumentParser("python -m lightning_gradconf", description=__doc__)
     parser.add_argument("logdir", nargs="+", help="folder with TensorBoard event files or a metrics.csv, or above them")
     parser.add_argument("--keys", nargs="+", help="what to show beside confusion, instead of losses and accuracies")
@@ -26,10 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = read_runs(options.logdir)
         runs = measured(found, options.keys, options.prefix)
-        print(table(runs, options.keys, options.prefix, _levels(sys.stdout.encoding)))
+        settings = {name: of for name, of in read_settings(options.logdir, options.prefix).items() if name in runs}
+        print(table(runs, options.keys, options.prefix, _levels(sys.stdout.encoding), settings))
         if others := [name for name in found if name not in runs]:
             print(f"Left out, without {options.prefix}/min_cosine: {', '.join(others)}")
-        plot_runs(runs, options.keys, options.prefix).savefig(options.output)
+        plot_runs(runs, options.keys, options.prefix, settings).savefig(options.output)
     except (ImportError, OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
@@ -42,15 +44,18 @@ def table(
     keys: Sequence[str] | None = None,
     prefix: str = "gradient_confusion",
     levels: str = _ASCII,
+    settings: Mapping[str, Settings] | None = None,
 ) -> str:
-    """One row for each of ``runs``: its last step, last and worst values, and ``min_cosine`` as a sparkline.
+    """Return a row for each of ``runs``: its last step, last and worst values, and ``min_cosine`` as a sparkline.
 
     The sparklines of all runs have one scale, written below them. ``keys`` are shown by their last values, by default
-    the first loss.
+    the first loss. Where ``settings`` of a run are known, its row has them, and a line says which runs cannot be
+    compared.
 
-    >>> print(table({"a": {"gradient_confusion/min_cosine": {0: 0.5, 50: -0.25}, "train_loss": {50: 1.5}}}))
-    run  step  min_cosine    worst  p05_cosine  eta  train_loss  min_cosine
-    a      50     -0.2500  -0.2500           -    -      1.5000  #_
+    >>> curves = {"gradient_confusion/min_cosine": {0: 0.5, 50: -0.25}, "train_loss": {50: 1.5}}
+    >>> print(table({"a": curves}, settings={"a": Settings(32, 1, "ghost")}))
+    run   n  unit_size  engine  step  min_cosine    worst  p05_cosine  eta  train_loss  min_cosine
+    a    32          1   ghost    50     -0.2500  -0.2500           -    -      1.5000  #_
     min_cosine: _ is -0.25, # is 0.50
     """
     if keys is None:
@@ -59,22 +64,27 @@ def table(
     lowest = [curves[f"{prefix}/min_cosine"] for curves in runs.values()]
     finite = [value for curve in lowest for value in curve.values() if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
-    rows = [["run", "step", "min_cosine", "worst", "p05_cosine", "eta", *keys, "min_cosine"]]
+    settings = settings or {}
+    rows = [["run", *Settings._fields, "step", "min_cosine", "worst", "p05_cosine", "eta", *keys, "min_cosine"]]
     for (name, curves), curve in zip(runs.items(), lowest, strict=True):
         last = [curves.get(key, {}) for key in (f"{prefix}/p05_cosine", f"{prefix}/eta", *keys)]
         worst = min((value for value in curve.values() if math.isfinite(value)), default=math.nan)
         numbers = [_last(curve), f"{worst:.4f}", *map(_last, last)]
-        rows.append([name, str(max(curve)), *numbers, sparkline(list(curve.values()), low, high, levels)])
+        known = ["-" if value is None else str(value) for value in settings.get(name, (None,) * 3)]
+        rows.append([name, *known, str(max(curve)), *numbers, sparkline(list(curve.values()), low, high, levels)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([first.ljust(widths[0]), *map(str.rjust, middle, widths[1:-1]), last])
         for first, *middle, last in rows
     ]
-    return "\n".join([*lines, f"min_cosine: {levels[0]} is {low:.2f}, {levels[-1]} is {high:.2f}"])
+    lines.append(f"min_cosine: {levels[0]} is {low:.2f}, {levels[-1]} is {high:.2f}")
+    if reason := why_not_comparable(settings.values()):
+        lines.append(f"Not comparable: {reason}.")
+    return "\n".join(lines)
 
 
 def sparkline(values: Sequence[float], low: float, high: float, levels: str = _ASCII) -> str:
-    """``values`` as characters of ``levels``, from ``low`` to ``high``; means where they are many, "?" for NaN.
+    """Return ``values`` as characters of ``levels``, from ``low`` to ``high``; means where they are many, "?" for NaN.
 
     >>> sparkline([0.0, 0.5, 1.0, float("nan")], 0, 1)
     '_+#?'
@@ -94,7 +104,7 @@ def _last(curve: Curve) -> str:
 
 
 def _levels(encoding: str | None) -> str:
-    """Blocks where ``encoding`` has them."""
+    """Return blocks where ``encoding`` has them."""
     try:
         _BLOCKS.encode(encoding or "ascii")
     except (UnicodeEncodeError, LookupError):

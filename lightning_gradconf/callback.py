@@ -41,8 +41,9 @@ class GradientConfusionCallback(Callback):
     Within a run the number is constant.
 
     The paper's protocol, as we understand it, is
-    ``GradientConfusionCallback(every_n_epochs=1, source="fresh", num_units=100, unit_size=128)``. Units are drawn
-    without replacement: a dataset of 1797 samples gives 14 of them.
+    ``GradientConfusionCallback(every_n_epochs=1, source="fresh", num_units=15, unit_size=128)``: 15 units have 105
+    pairs, and the paper draws 100 pairs of mini-batches an epoch. Units are drawn without replacement: a dataset of
+    1797 samples gives 14 of them.
 
     A checkpoint holds n, the interval and what else a resumed run needs to be measured at the steps of the
     uninterrupted one.
@@ -65,7 +66,8 @@ class GradientConfusionCallback(Callback):
         num_units: How many gradients are compared.
         unit_size: Samples behind each gradient; ``"batch"`` is a whole batch of the loader.
         source: ``"current"`` takes samples of the batch in training, or where one is not enough (``"batch"``,
-            ``every_n_epochs``) of the most recent ones; ``"fresh"`` draws from the training dataset each time;
+            ``every_n_epochs``) of the most recent ones; where samples cannot be cut out of a batch, such as graphs, it
+            draws like ``"fresh"`` and says so. ``"fresh"`` draws from the training dataset each time, each unit alone;
             ``"fixed"`` draws once; a DataLoader gives its first samples each time.
         engine: How gradients are computed; see `gradient_gram`. All give the same numbers.
         parameters: Glob patterns on names of parameters; None is all that require grad.

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_gradconf.reports.saved_runs import Curve, accuracy_keys, loss_keys, measured, read_runs
+from lightning_gradconf.reports.saved_runs import Curve, accuracy_keys, loss_keys, measured, read_runs, read_settings
+from lightning_gradconf.reports.settings import Settings, why_not_comparable
 from lightning_gradconf.statistics import (
     _checked_labels,
     between_class_cosine,
@@ -38,7 +39,7 @@ _NARROWEST = 0.005  # bandwidth that the points of a density resolve
 
 
 def plot_gram(gram: Tensor, *, labels: Tensor | None = None) -> Figure:
-    """Heatmap of the cosines of a Gram ``(n, n)``: red where two gradients disagree, blue where they agree.
+    """Draw a heatmap of the cosines of a Gram ``(n, n)``: red where two gradients disagree, blue where they agree.
 
     Units are ordered by class if ``labels`` ``(n,)`` are given. Zero gradients are hatched. Raises ``ImportError``
     without matplotlib.
@@ -64,7 +65,7 @@ def plot_gram(gram: Tensor, *, labels: Tensor | None = None) -> Figure:
 
 
 def plot_density(gram: Tensor) -> Figure:
-    """Density of the cosines of all pairs of a Gram ``(n, n)``, with their minimum and mean marked.
+    """Draw the density of the cosines of all pairs of a Gram ``(n, n)``, with their minimum and mean marked.
 
     Bars are a histogram of area 1; the line is a Gaussian kernel density estimate of the same area, as in the paper's
     Section 7 (https://arxiv.org/abs/1904.06963), by scipy's rule of bandwidth, folded back at -1 and 1 where cosines
@@ -103,10 +104,10 @@ def draw_density(axes: Axes, gram: Tensor) -> None:
 
 
 def plot_classes(gram: Tensor, labels: Tensor) -> Figure:
-    """Heatmap of the mean cosine of each pair of classes, ``labels`` ``(n,)`` being integers, with the pairs counted.
+    """Draw a heatmap of the mean cosine of each pair of classes, for integer ``labels`` ``(n,)``.
 
-    The diagonal is within a class, over its pairs i < j. Classes without a pair are hatched. Raises ``ImportError``
-    without matplotlib.
+    Pairs are counted; those of the diagonal are within a class. Classes without a pair are hatched. Raises
+    ``ImportError`` without matplotlib.
 
     >>> plot_classes(torch.eye(4), torch.tensor([0, 0, 1, 1])).axes[0].get_xlabel()
     'class'
@@ -126,9 +127,8 @@ def plot_classes(gram: Tensor, labels: Tensor) -> Figure:
     axes = figure.subplots()
     _heatmap(axes, means, label="mean cosine")
     axes.set(xlabel="class", ylabel="class", title=f"{len(gram)} gradients: within classes {within}, between {between}")
-    if len(classes) <= _MOST_CLASSES:
-        names, ticks = [str(label) for label in classes.tolist()], range(len(classes))
-        axes.set(xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names)
+    if len(names := [str(label) for label in classes.tolist()]) <= _MOST_CLASSES:
+        axes.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names)
     if len(classes) <= _MOST_WRITTEN:
         for i, j in (means.isfinite()).nonzero().tolist():
             colour = "white" if abs(means[i, j]) > 0.6 else _INK
@@ -140,7 +140,7 @@ def plot_classes(gram: Tensor, labels: Tensor) -> Figure:
 
 
 def plot_layers(values: Mapping[str, Sequence[float]], steps: Sequence[int]) -> Figure:
-    """Heatmap, a row a layer and a column a step, of ``values``: ``{layer: one cosine for each of steps}``.
+    """Draw a heatmap, a row a layer and a column a step, of ``values``: ``{layer: one cosine for each of steps}``.
 
     Rows are in the order of ``values``, the first on top. NaN is hatched. Raises ``ValueError`` for a layer with
     another number of values than there are steps, and ``ImportError`` without matplotlib.
@@ -167,10 +167,10 @@ def plot_layers(values: Mapping[str, Sequence[float]], steps: Sequence[int]) -> 
 
 
 def plot_pairs(images: Tensor, captions: Sequence[str]) -> Figure:
-    """The k pairs of images in ``images`` ``(k, 2, C, H, W)``, the two of a pair side by side under its caption.
+    """Draw the k pairs of images in ``images`` ``(k, 2, C, H, W)``, the two of a pair side by side under its caption.
 
-    Three channels are shown as RGB, any other number as the grey of their mean. Each image is scaled to its own range.
-    Raises ``ValueError`` for another shape or number of captions, and ``ImportError`` without matplotlib.
+    Three channels are shown as RGB, others as the grey of their mean, each image scaled to its own range. Raises
+    ``ValueError`` for another shape or number of captions, and ``ImportError`` without matplotlib.
 
     >>> len(plot_pairs(torch.rand(3, 2, 1, 8, 8), ["a", "b", "c"]).axes)
     3
@@ -206,28 +206,31 @@ def plot_curves(
     keys: Sequence[str] | None = None,
     prefix: str = "gradient_confusion",
 ) -> Figure:
-    """Confusion, loss and accuracy over the steps of runs, from what TensorBoard's or the CSV logger has saved.
+    """Draw confusion, loss and accuracy over the steps of runs that TensorBoard's or the CSV logger has saved.
 
-    ``source`` is a folder, searched with all in it, a ``metrics.csv``, several of them, or ``{name: path}``. Of the
-    cosines the line is ``min_cosine``, and the band the 5 % to 95 % quantiles that are logged to TensorBoard, or else
-    ``p05_cosine`` to ``mean_cosine``. Losses and accuracies are those named so; ``keys`` are shown instead, one panel
-    each. Raises ``FileNotFoundError`` for a path without runs, ``ValueError`` if no run has keys that begin with
-    ``prefix`` or has one of ``keys``, and ``ImportError`` without matplotlib.
+    ``source`` is a folder, searched with all in it, a ``metrics.csv``, several, or ``{name: path}``. The line is
+    ``min_cosine``; the band is the 5 % to 95 % quantiles of the cosines, or else ``p05_cosine`` to ``mean_cosine``.
+    ``keys`` replace the losses and accuracies, one panel each. Raises ``FileNotFoundError`` for a path without runs,
+    ``ValueError`` if no run has ``prefix`` or one of ``keys``, and ``ImportError`` without matplotlib.
     """
-    if isinstance(source, Mapping):
-        named = {name: read_runs([path]) for name, path in source.items()}
-        runs = {
-            name if len(found) == 1 else f"{name}/{run}": found[run] for name, found in named.items() for run in found
-        }
-    else:
-        runs = read_runs([source] if isinstance(source, str | Path) else source)
-    return plot_runs(measured(runs, keys, prefix), keys, prefix)
+    sources = source if isinstance(source, Mapping) else {"": source}
+    runs, settings = dict[str, dict[str, Curve]](), dict[str, Settings]()
+    for given, where in sources.items():
+        paths = [where] if isinstance(where, str | Path) else where
+        found, known = read_runs(paths), read_settings(paths, prefix)
+        names = {run: run if not given else given if len(found) == 1 else f"{given}/{run}" for run in found}
+        runs |= {names[run]: curves for run, curves in found.items()}
+        settings |= {names[run]: compared for run, compared in known.items()}
+    return plot_runs(measured(runs, keys, prefix), keys, prefix, settings)
 
 
 def plot_runs(
-    runs: Mapping[str, Mapping[str, Curve]], keys: Sequence[str] | None = None, prefix: str = "gradient_confusion"
+    runs: Mapping[str, Mapping[str, Curve]],
+    keys: Sequence[str] | None = None,
+    prefix: str = "gradient_confusion",
+    settings: Mapping[str, Settings] | None = None,
 ) -> Figure:
-    """What ``plot_curves`` shows, of ``{run: {key: {step: value}}}``.
+    """Draw what ``plot_curves`` shows, of ``{run: {key: {step: value}}}``, and say where ``settings`` differ.
 
     >>> figure = plot_runs({"a": {"gradient_confusion/min_cosine": {0: 0.5, 50: -0.1}, "loss": {0: 2.3, 50: 1.7}}})
     >>> [axes.get_ylabel() for axes in figure.axes]
@@ -250,9 +253,12 @@ def plot_runs(
     quantiles = all(f"{prefix}/cosines/p95" in curves for curves in runs.values())
     band = ("cosines/p05", "cosines/p95") if quantiles else ("p05_cosine", "mean_cosine")
     named = "5 % to 95 % of the cosines" if quantiles else "p05_cosine to mean_cosine"
-    cosines.set(ylabel="cosine", title=f"line: min_cosine, band: {named}")
+    known = {name: settings[name] for name in runs if settings and name in settings}
+    names = {name: f"{name} ({known[name]})" if name in known else name for name in runs}
+    title = why_not_comparable(known.values()) or (str(*known.values()) if len(runs) == 1 else "")
+    cosines.set(ylabel="cosine", title=f"line: min_cosine, band: {named}" + f"\n{title}".replace(": ", ":\n").rstrip())
     for colour, (name, curves) in zip(itertools.cycle(_COLOURS), runs.items(), strict=False):
-        _draw_cosines(cosines, curves, [f"{prefix}/{key}" for key in ("min_cosine", *band)], colour, name)
+        _draw_cosines(cosines, curves, [f"{prefix}/{key}" for key in ("min_cosine", *band)], colour, names[name])
         for axes, group in zip(others, panels.values(), strict=True):
             for key, line in zip(group, _LINES, strict=False):
                 curve = curves.get(key, {})
@@ -265,9 +271,8 @@ def plot_runs(
                 axes.plot([], [], line, color=_INK, linewidth=1.2, label=key)
             axes.legend(frameon=False, fontsize=7, labelcolor=_INK)
     if len(runs) > 1:
-        figure.legend(
-            *cosines.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=8
-        )
+        style = {"loc": "outside upper center", "ncols": 2 if known else 3, "frameon": False, "fontsize": 8}
+        figure.legend(*cosines.get_legend_handles_labels(), **style)
     figure.axes[-1].set_xlabel("step")
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
@@ -276,7 +281,7 @@ def plot_runs(
 
 
 def _draw_cosines(axes: Axes, curves: Mapping[str, Curve], keys: Sequence[str], colour: str, label: str) -> None:
-    """The line and the band of one run, ``keys`` naming the line and the ends of the band."""
+    """Draw the line and the band of one run, ``keys`` naming the line and the ends of the band."""
     lowest, low, high = (curves.get(key, {}) for key in keys)
     steps = [step for step in low if step in high]
     band = [low[step] for step in steps], [high[step] for step in steps]
@@ -286,7 +291,7 @@ def _draw_cosines(axes: Axes, curves: Mapping[str, Curve], keys: Sequence[str], 
 
 
 def _density(cosines: Tensor) -> tuple[Any, Any] | None:
-    """Points of the kernel density estimate of ``cosines`` on [-1, 1], or None where it would show nothing."""
+    """Return points of the kernel density estimate of ``cosines`` on [-1, 1], or None where it would show nothing."""
     try:
         from scipy.stats import gaussian_kde
     except ImportError:
@@ -309,7 +314,7 @@ def _figure(*, width: float, height: float) -> Figure:
 
 
 def _mark_classes(axes: Axes, labels: Tensor) -> None:
-    """Lines between the blocks of classes, and their names."""
+    """Draw lines between the blocks of classes, and their names."""
     classes, counts = torch.unique(labels.cpu(), return_counts=True)
     if len(classes) > _MOST_CLASSES:
         axes.set(xlabel="unit, by class", ylabel="unit, by class")
@@ -329,7 +334,7 @@ def _number(value: Tensor, digits: int = 2) -> str:
 
 
 def _heatmap(axes: Axes, cosines: Tensor, *, label: str, aspect: Literal["equal", "auto"] = "equal") -> None:
-    """An image of ``cosines``, red to blue, hatched where they are NaN, and its scale."""
+    """Draw an image of ``cosines``, red to blue, hatched where they are NaN, and its scale."""
     axes.patch.set(facecolor="white", edgecolor=_PALE, hatch="/////")  # shows through the image where it is NaN
     image = axes.imshow(cosines.detach().cpu().numpy(), cmap="RdBu", vmin=-1, vmax=1, aspect=aspect)
     bar = axes.figure.colorbar(image, ax=axes, label=label, ticks=[-1, -0.5, 0, 0.5, 1])
@@ -338,7 +343,7 @@ def _heatmap(axes: Axes, cosines: Tensor, *, label: str, aspect: Literal["equal"
 
 
 def _quiet(axes: Axes, size: int = 8) -> None:
-    """Quiet colours: the data should stand out, not its frame."""
+    """Give the frame quiet colours: the data should stand out."""
     axes.title.set(fontsize=10, color=_INK)
     axes.tick_params(colors=_INK, labelsize=size, length=0)
     for spine in axes.spines.values():

@@ -1,10 +1,11 @@
-"""Pure functions of a Gram matrix of gradients, ``gram[i, j] = <g_i, g_j>`` of shape ``(n, n)``.
+"""Compute statistics of a Gram matrix of gradients, ``gram[i, j] = <g_i, g_j>`` of shape ``(n, n)``.
 
-Below, K is the Gram, d its diagonal, C the matrix of cosines, o the mean of K_ij over the pairs i < j. A statistic is a
-0-dim tensor on the Gram's device, float64 for a float64 Gram and float32 otherwise, computed without waiting for the
-device. A Gram with an entry that is not finite makes every statistic NaN. A zero gradient has no direction: its pairs
-are left out of the cosines, and if fewer than two gradients remain, cosines are NaN. Every function raises
-``TypeError`` for a Gram that is not a floating-point tensor, and ``ValueError`` for one not square with n >= 2.
+Below, K is the Gram, d its diagonal, C the matrix of cosines, o the mean of K_ij over the pairs i < j. Every function
+takes the Gram first and returns a 0-dim tensor on its device, float64 for a float64 Gram and float32 otherwise, without
+waiting for the device. An entry that is not finite makes every statistic NaN. A zero gradient has no direction: its
+pairs are left out of the cosines. If fewer than two other gradients remain, cosines are NaN. Labels ``(n,)`` are the
+classes of the units. Every function raises ``TypeError`` for a Gram that is not a floating-point tensor, and
+``ValueError`` for one that is not square with n >= 2, or for labels of another shape.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +16,9 @@ from torch import Tensor
 
 
 def eta(gram: Tensor) -> Tensor:
-    """max(0, -min_{i<j} K_ij): the smallest bound of gradient confusion, a squared gradient norm.
+    """Return max(0, -min_{i<j} K_ij), the smallest bound of gradient confusion, a squared gradient norm.
 
-    0 when no two gradients disagree. Sankararaman et al. 2020, Definition 2.1, https://arxiv.org/abs/1904.06963.
+    It is 0 when no two gradients disagree. Sankararaman et al. 2020, Definition 2.1, https://arxiv.org/abs/1904.06963.
 
     >>> eta(torch.tensor([[1.0, -2.0], [-2.0, 5.0]]))
     tensor(2.)
@@ -26,7 +27,7 @@ def eta(gram: Tensor) -> Tensor:
 
 
 def min_cosine(gram: Tensor) -> Tensor:
-    """min_{i<j} C_ij, in [-1, 1]: the cosine of the two gradients that disagree most.
+    """Return min_{i<j} C_ij, in [-1, 1], the cosine of the two gradients that disagree most.
 
     It falls as n grows: compare equal n only. Sankararaman et al. 2020, Section 7, https://arxiv.org/abs/1904.06963.
 
@@ -38,9 +39,7 @@ def min_cosine(gram: Tensor) -> Tensor:
 
 
 def p05_cosine(gram: Tensor) -> Tensor:
-    """5 % quantile of C_ij over i < j, in [-1, 1]: a steadier ``min_cosine``, which does not fall as n grows.
-
-    Linear interpolation, as in ``torch.quantile``.
+    """Return the 5 % quantile of C_ij over i < j, in [-1, 1]; unlike the minimum it hardly depends on n.
 
     >>> p05_cosine(torch.tensor([[1.0, -2.0], [-2.0, 16.0]]))
     tensor(-0.5000)
@@ -49,7 +48,7 @@ def p05_cosine(gram: Tensor) -> Tensor:
 
 
 def mean_cosine(gram: Tensor) -> Tensor:
-    """Mean of C_ij over i < j, in [-1/(n-1), 1]: 0 for unrelated gradients, 1 for parallel ones.
+    """Return the mean of C_ij over i < j, in [-1/(n-1), 1]: 0 for unrelated gradients, 1 for parallel ones.
 
     The cosine form of stiffness: Fort et al. 2019, https://arxiv.org/abs/1901.09491.
 
@@ -60,9 +59,7 @@ def mean_cosine(gram: Tensor) -> Tensor:
 
 
 def negative_fraction(gram: Tensor) -> Tensor:
-    """Share of the pairs i < j with C_ij < 0, in [0, 1]: how often a step for one unit harms another.
-
-    About one half for unrelated gradients.
+    """Return the share of the pairs i < j with C_ij < 0, in [0, 1]; about one half for unrelated gradients.
 
     >>> negative_fraction(torch.tensor([[1.0, -2.0], [-2.0, 16.0]]))
     tensor(1.)
@@ -72,7 +69,7 @@ def negative_fraction(gram: Tensor) -> Tensor:
 
 
 def gradient_norm(gram: Tensor) -> Tensor:
-    """Mean of sqrt(d_i), >= 0: the average norm of a unit's gradient, zero gradients included.
+    """Return the mean of sqrt(d_i), >= 0: the average norm of a unit's gradient, zero gradients included.
 
     >>> gradient_norm(torch.tensor([[1.0, -2.0], [-2.0, 25.0]]))
     tensor(3.)
@@ -81,7 +78,7 @@ def gradient_norm(gram: Tensor) -> Tensor:
 
 
 def min_inner_product(gram: Tensor) -> Tensor:
-    """min_{i<j} K_ij, a squared gradient norm: -``eta`` where it is negative.
+    """Return min_{i<j} K_ij, a squared gradient norm; where it is negative it is -``eta``.
 
     >>> min_inner_product(torch.tensor([[1.0, 2.0], [2.0, 5.0]]))
     tensor(2.)
@@ -90,7 +87,7 @@ def min_inner_product(gram: Tensor) -> Tensor:
 
 
 def median_cosine(gram: Tensor) -> Tensor:
-    """Median of C_ij over i < j, in [-1, 1]; the mean of the middle two of an even number of pairs.
+    """Return the median of C_ij over i < j, in [-1, 1]: of an even number of pairs, the mean of the middle two.
 
     >>> median_cosine(torch.tensor([[1.0, -2.0], [-2.0, 16.0]]))
     tensor(-0.5000)
@@ -98,10 +95,22 @@ def median_cosine(gram: Tensor) -> Tensor:
     return _percentile(_pairs(cosine_matrix(gram)), 50)
 
 
-def gradient_diversity(gram: Tensor) -> Tensor:
-    """(sum_i d_i) / (sum_ij K_ij), >= 1/n: 1/n for equal gradients, 1 for orthogonal ones, inf if they cancel.
+def std_cosine(gram: Tensor) -> Tensor:
+    """Return sqrt(mean (C_ij - mean C)^2) over i < j, in [0, 1]: how far cosines spread; 0 for a single pair.
 
-    Bounds the batch size that still speeds up training: Yin et al. 2018, https://arxiv.org/abs/1706.05699.
+    It falls with width and grows with depth: Sankararaman et al. 2020, Section 4, https://arxiv.org/abs/1904.06963.
+
+    >>> std_cosine(torch.tensor([[1.0, 0.0, 0.6], [0.0, 1.0, 0.0], [0.6, 0.0, 1.0]]))
+    tensor(0.2828)
+    """
+    cosines = _pairs(cosine_matrix(gram))
+    return (cosines - cosines.nanmean()).square().nanmean().sqrt()
+
+
+def gradient_diversity(gram: Tensor) -> Tensor:
+    """Return (sum_i d_i) / (sum_ij K_ij), >= 1/n: 1/n for equal gradients, 1 for orthogonal, inf if they cancel.
+
+    It bounds the batch size that still speeds up training: Yin et al. 2018, https://arxiv.org/abs/1706.05699.
 
     >>> gradient_diversity(torch.tensor([[1.0, 1.0], [1.0, 1.0]]))
     tensor(0.5000)
@@ -111,7 +120,7 @@ def gradient_diversity(gram: Tensor) -> Tensor:
 
 
 def coherence(gram: Tensor) -> Tensor:
-    """(sum_ij K_ij) / (sum_i d_i), in [0, n]: n for equal gradients, 1 for orthogonal ones, 0 if they cancel.
+    """Return (sum_ij K_ij) / (sum_i d_i), in [0, n]: n for equal gradients, 1 for orthogonal, 0 if they cancel.
 
     m-coherence, the number of units that a step for one of them helps: Chatterjee & Zielinski 2020,
     https://arxiv.org/abs/2008.01217. The reciprocal of ``gradient_diversity``.
@@ -123,7 +132,7 @@ def coherence(gram: Tensor) -> Tensor:
 
 
 def noise_scale(gram: Tensor, unit_size: int = 1) -> Tensor:
-    """unit_size * (mean(d) - o) / o, in samples: the batch size at which noise and gradient are of equal size.
+    """Return unit_size * (mean(d) - o) / o, in samples: the batch size at which noise is as large as the gradient.
 
     An estimate of B_simple, in which (mean(d) - o) and o are unbiased for the variance and the squared norm of the mean
     gradient: McCandlish et al. 2018, Section 2.2 and Appendix A.1, https://arxiv.org/abs/1812.06162. It is negative or
@@ -140,7 +149,7 @@ def noise_scale(gram: Tensor, unit_size: int = 1) -> Tensor:
 
 
 def normalized_variance(gram: Tensor) -> Tensor:
-    """(mean(d) - o) / mean(d), in [0, n/(n-1)]: 0 for equal gradients, 1 where the mean gradient is lost in noise.
+    """Return (mean(d) - o) / mean(d), in [0, n/(n-1)]: 0 for equal gradients, 1 if noise hides the mean gradient.
 
     Variance over second moment: Faghri et al. 2020, https://arxiv.org/abs/2007.04532.
 
@@ -152,7 +161,7 @@ def normalized_variance(gram: Tensor) -> Tensor:
 
 
 def gradient_disparity(gram: Tensor) -> Tensor:
-    """Mean over i < j of ||g_i - g_j||, >= 0: the distance between gradients, a sign of overfitting as it grows.
+    """Return the mean over i < j of ||g_i - g_j||, >= 0: a distance between gradients that grows with overfitting.
 
     Forouzesh & Thiran 2021, https://arxiv.org/abs/2107.06665.
 
@@ -164,12 +173,10 @@ def gradient_disparity(gram: Tensor) -> Tensor:
     return _pairs(squared).clamp(min=0).sqrt().mean() * scale.sqrt()
 
 
-def effective_rank(gram: Tensor) -> Tensor:
-    """(tr K)^2 / ||K||_F^2, in [1, n]: the participation ratio of the eigenvalues of K.
+def participation_ratio(gram: Tensor) -> Tensor:
+    """Return (tr K)^2 / ||K||_F^2, in [1, n]: 1 for gradients on one line, n for orthogonal ones of equal length.
 
-    1 if all gradients lie on a line, n if they are orthogonal and equally long.
-
-    >>> effective_rank(torch.eye(3))
+    >>> participation_ratio(torch.eye(3))
     tensor(3.)
     """
     gram, _ = _rescaled(gram)
@@ -177,29 +184,35 @@ def effective_rank(gram: Tensor) -> Tensor:
 
 
 def within_class_cosine(gram: Tensor, labels: Tensor) -> Tensor:
-    """Mean of C_ij over the pairs with equal labels ``(n,)``, in [-1, 1]; NaN if there is none.
+    """Return the mean over classes of the mean C_ij within the class, in [-1, 1].
 
-    Fort et al. 2019, https://arxiv.org/abs/1901.09491. Raises ``ValueError`` for labels of another shape.
+    Every class with a pair counts the same, however large it is; NaN if there is none. It is the mean of the diagonal
+    of the class stiffness matrix: Fort et al. 2019, https://arxiv.org/abs/1901.09491.
 
-    >>> within_class_cosine(torch.eye(3), torch.tensor([0, 0, 1]))
-    tensor(0.)
+    >>> gram = torch.eye(5)
+    >>> gram[3, 4] = gram[4, 3] = 1  # class 0 has three pairs of cosine 0, class 1 one pair of cosine 1
+    >>> within_class_cosine(gram, torch.tensor([0, 0, 0, 1, 1]))
+    tensor(0.5000)
     """
-    return _pairs(cosine_matrix(gram)).masked_fill(~_equal_labels(gram, labels), torch.nan).nanmean()
+    return _over_classes(gram, labels, within=True)
 
 
 def between_class_cosine(gram: Tensor, labels: Tensor) -> Tensor:
-    """Mean of C_ij over the pairs with different labels ``(n,)``, in [-1, 1]; NaN if there is none.
+    """Return the mean over pairs of classes of the mean C_ij between the two, in [-1, 1].
 
-    Fort et al. 2019, https://arxiv.org/abs/1901.09491. Raises ``ValueError`` for labels of another shape.
+    Every two classes count the same, however large they are; NaN for a single class. It is the mean of the class
+    stiffness matrix off its diagonal: Fort et al. 2019, https://arxiv.org/abs/1901.09491.
 
-    >>> between_class_cosine(torch.eye(3), torch.tensor([0, 0, 1]))
-    tensor(0.)
+    >>> gram = torch.eye(4)
+    >>> gram[2, 3] = gram[3, 2] = 0.9  # classes 0, 1 and 0, 2: two pairs of cosine 0 each; classes 1, 2: one of 0.9
+    >>> between_class_cosine(gram, torch.tensor([0, 0, 1, 2]))
+    tensor(0.3000)
     """
-    return _pairs(cosine_matrix(gram)).masked_fill(_equal_labels(gram, labels), torch.nan).nanmean()
+    return _over_classes(gram, labels, within=False)
 
 
 def cosine_matrix(gram: Tensor) -> Tensor:
-    """C_ij = K_ij / (sqrt(d_i) sqrt(d_j)), ``(n, n)`` in [-1, 1]; NaN in the rows and columns of zero gradients.
+    """Return C_ij = K_ij / (sqrt(d_i) sqrt(d_j)), ``(n, n)`` in [-1, 1]; NaN where a gradient is zero.
 
     >>> cosine_matrix(torch.tensor([[4.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
     tensor([[1.0000, 0.5000,    nan],
@@ -207,15 +220,14 @@ def cosine_matrix(gram: Tensor) -> Tensor:
             [   nan,    nan,    nan]])
     """
     gram = _checked(gram)
-    norms = _norms(gram)
-    norms = norms.masked_fill(norms == 0, torch.nan)
+    norms = _norms(gram).masked_fill(gram.diagonal() <= 0, torch.nan)
     # One norm at a time: the product of two squared norms leaves the range of float32 long before a norm does.
     upper = (gram / norms[:, None] / norms).clamp(-1, 1).triu(1)
     return upper + upper.T + torch.diag(norms / norms)
 
 
 def pairwise_cosines(gram: Tensor) -> Tensor:
-    """C_ij over the pairs i < j of non-zero gradients, 1-D and row by row; empty if the Gram is not finite.
+    """Return C_ij over the pairs i < j of non-zero gradients, 1-D and row by row; empty if the Gram is not finite.
 
     >>> pairwise_cosines(torch.tensor([[4.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
     tensor([0.5000])
@@ -227,8 +239,8 @@ def pairwise_cosines(gram: Tensor) -> Tensor:
 # Each tuple in the order in which its statistics are listed and logged.
 _DEFAULT = (eta, min_cosine, p05_cosine, mean_cosine, negative_fraction, gradient_norm)
 _FURTHER = (
-    *(min_inner_product, median_cosine, gradient_diversity, coherence),
-    *(noise_scale, normalized_variance, gradient_disparity, effective_rank),
+    *(min_inner_product, median_cosine, std_cosine, gradient_diversity, coherence),
+    *(noise_scale, normalized_variance, gradient_disparity, participation_ratio),
 )
 _BY_CLASS = (within_class_cosine, between_class_cosine)
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (*_DEFAULT, *_FURTHER, *_BY_CLASS)}
@@ -237,24 +249,21 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (*_DEFAUL
 def statistic_names(
     names: Sequence[str] | Literal["default", "all"] = "default", *, with_labels: bool = False
 ) -> tuple[str, ...]:
-    """The names that "default" or "all" stands for, or the given names, checked.
+    """Return the names that "default" or "all" (of classes only ``with_labels``) stands for, or the given names.
 
-    "all" has the statistics of classes only ``with_labels``. Raises ``ValueError`` for a name that is unknown or needs
-    labels that are not there.
+    Raises ``ValueError`` for a name that is unknown or needs labels that are not there.
 
     >>> statistic_names()
     ('eta', 'min_cosine', 'p05_cosine', 'mean_cosine', 'negative_fraction', 'gradient_norm')
     """
-    by_class = tuple(f.__name__ for f in _BY_CLASS)
     if names == "default":
         return tuple(f.__name__ for f in _DEFAULT)
     if names == "all":
-        return tuple(name for name in _FUNCTIONS if with_labels or name not in by_class)
+        return tuple(name for name, f in _FUNCTIONS.items() if with_labels or f not in _BY_CLASS)
     chosen = (names,) if isinstance(names, str) else tuple(names)
     if unknown := [name for name in chosen if name not in _FUNCTIONS]:
-        valid = ", ".join(_FUNCTIONS)
-        raise ValueError(f"There is no statistic {unknown}: choose from {valid}, or pass 'default' or 'all'.")
-    if not with_labels and (unlabelled := [name for name in chosen if name in by_class]):
+        raise ValueError(f"There is no statistic {unknown}: choose from {', '.join(_FUNCTIONS)}, 'default', 'all'.")
+    if not with_labels and (unlabelled := [name for name in chosen if _FUNCTIONS[name] in _BY_CLASS]):
         raise ValueError(f"{unlabelled} compare classes, but there are no labels: pass labels of shape (n,).")
     return chosen
 
@@ -266,26 +275,21 @@ def gradient_statistics(
     labels: Tensor | None = None,
     unit_size: int = 1,
 ) -> dict[str, Tensor]:
-    """``{name: statistic(gram)}`` for a Gram ``(n, n)``, in the order of ``names``.
+    """Return ``{name: statistic(gram)}`` for a Gram ``(n, n)``, in the order of ``names``.
 
     ``labels`` ``(n,)`` are the classes of the units, for the statistics of classes, and ``unit_size`` the samples in
     each unit, for ``noise_scale``. Raises ``ValueError`` for a name that is unknown or needs labels that are not there.
 
-    >>> gradient_statistics(torch.eye(3), ["mean_cosine", "effective_rank"])
-    {'mean_cosine': tensor(0.), 'effective_rank': tensor(3.)}
+    >>> gradient_statistics(torch.eye(3), ["mean_cosine", "coherence"])
+    {'mean_cosine': tensor(0.), 'coherence': tensor(1.)}
     """
-    statistics = {}
-    for name in statistic_names(names, with_labels=labels is not None):
-        function = _FUNCTIONS[name]
-        if function in _BY_CLASS:
-            statistics[name] = function(gram, labels)
-        else:
-            statistics[name] = function(gram, unit_size) if function is noise_scale else function(gram)
-    return statistics
+    further = {noise_scale: unit_size} | dict.fromkeys(_BY_CLASS, labels)  # what some take beside the Gram
+    functions = [_FUNCTIONS[name] for name in statistic_names(names, with_labels=labels is not None)]
+    return {f.__name__: f(gram, further[f]) if f in further else f(gram) for f in functions}
 
 
 def _checked(gram: Tensor) -> Tensor:
-    """The Gram in float32 at least, all NaN if any entry is not finite."""
+    """Return the Gram in float32 at least, all NaN if any entry is not finite."""
     if not isinstance(gram, Tensor) or not gram.is_floating_point():
         found = f"a tensor of {gram.dtype}" if isinstance(gram, Tensor) else f"a {type(gram).__name__}"
         raise TypeError(f"A Gram is a floating-point tensor, but got {found}: pass torch.as_tensor(gram).float().")
@@ -300,12 +304,12 @@ def _checked(gram: Tensor) -> Tensor:
 
 
 def _norms(gram: Tensor) -> Tensor:
-    """sqrt(d), where rounding may have left a zero gradient a negative d."""
+    """Return sqrt(d), where rounding may have left a zero gradient a negative d."""
     return gram.diagonal().clamp(min=0).sqrt()
 
 
 def _rescaled(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """(K / max(d), max(d)), whose sums and squares stay within float32; (K, 1) if all gradients are zero."""
+    """Return (K / max(d), max(d)), whose sums and squares stay within float32; (K, 1) if all gradients are zero."""
     gram = _checked(gram)
     largest = gram.diagonal().amax()
     scale = largest.masked_fill(largest <= 0, 1.0)
@@ -313,31 +317,34 @@ def _rescaled(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pairs(matrix: Tensor) -> Tensor:
-    """The entries i < j, row by row; a mask instead of indices would wait for the device."""
+    """Return the entries i < j, row by row; a mask instead of indices would wait for the device."""
     rows, columns = torch.triu_indices(len(matrix), len(matrix), offset=1, device=matrix.device)
     return matrix[rows, columns]
 
 
 def _percentile(values: Tensor, percent: int) -> Tensor:
-    """Linearly interpolated percentile of what is not NaN; torch.quantile refuses more than 2^24 values."""
+    """Return a percentile of what is not NaN, interpolated; torch.quantile refuses more than 2^24 values."""
     ordered = values.sort().values  # NaN last
     position = (values.isnan().logical_not().sum() - 1).clamp(min=0) * percent
     below, above = ordered.gather(0, torch.stack([position // 100, (position + 99) // 100]))
     return torch.lerp(below, above, (position % 100).to(ordered.dtype) / 100)
 
 
-def _equal_labels(gram: Tensor, labels: Tensor) -> Tensor:
-    """Which pairs i < j have equal labels."""
+def _over_classes(gram: Tensor, labels: Tensor, *, within: bool) -> Tensor:
+    """Return the mean of the class stiffness matrix, on its diagonal or off it."""
+    cosines = cosine_matrix(gram).fill_diagonal_(torch.nan)  # a unit is no pair with itself
     labels = _checked_labels(gram, labels)
-    return _pairs(labels[:, None] == labels)
+    same = labels[:, None] == labels
+    members, there = same.to(cosines.dtype), (~cosines.isnan()).to(cosines.dtype)
+    counts = members @ there @ members  # pairs of the classes of i and j; to list classes would wait for the device
+    weights = there.masked_fill(~same if within else same, 0) / counts.clamp(min=1)
+    return (cosines.nan_to_num() * weights).sum() / weights.sum()
 
 
 def _checked_labels(gram: Tensor, labels: Tensor) -> Tensor:
-    """Labels ``(n,)`` on the Gram's device."""
-    labels = torch.as_tensor(labels, device=gram.device)
-    if labels.shape != gram.shape[:1]:
-        raise ValueError(
-            f"There is one label for each of the n = {len(gram)} units, but labels have shape {tuple(labels.shape)}: "
-            f"pass labels of shape ({len(gram)},)."
-        )
+    """Return labels ``(n,)`` on the Gram's device."""
+    labels, n = torch.as_tensor(labels, device=gram.device), len(gram)
+    if labels.shape != (n,):
+        found = tuple(labels.shape)
+        raise ValueError(f"Labels have shape {found}, but n = {n} units have one each: pass labels of shape ({n},).")
     return labels

@@ -43,7 +43,7 @@ ISOLATION, PROBE, MANUAL, OBJECTIVE, VMAP, UNITS, SESSION, LAYERS = (
     "training/manual_optimization.py",
     "gram/objective.py",
     "gram/vmap.py",
-    "batches/units.py",
+    "batches/structure.py",
     "training/session.py",
     "gram/measurement_mode.py",
 )
@@ -115,7 +115,7 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     "schedulers stepped by hand": (MANUAL, 'vars(scheduler)["step"] = _do_nothing', "pass"),
     "backward passes": (MANUAL, "if func is Tensor.backward:", "if False:"),
     "gradients changed by hand": (PROBE, "tensors = not module.automatic_optimization or any(", "tensors = any("),
-    "copies of batches": (UNITS, "_map(lambda leaf: leaf.clone() if", "_map(lambda leaf: leaf if"),
+    "copies of batches": (UNITS, "map_leaves(lambda leaf: leaf.clone() if", "map_leaves(lambda leaf: leaf if"),
     "copies of parameters": (
         OBJECTIVE,
         "name: p.detach().clone().requires_grad_() for",

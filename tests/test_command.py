@@ -12,7 +12,9 @@ import pytest
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_gradconf.__main__ import main, sparkline
-from lightning_gradconf.reports.saved_runs import accuracy_keys, loss_keys, measured, read_runs
+from lightning_gradconf.plots import plot_curves
+from lightning_gradconf.reports.saved_runs import accuracy_keys, loss_keys, measured, read_runs, read_settings
+from lightning_gradconf.reports.settings import Settings, show_settings
 
 pytest.importorskip("matplotlib")
 
@@ -32,9 +34,11 @@ CURVES = {
 }
 
 
-def write(logger, logged=LOGGED):
+def write(logger, logged=LOGGED, *settings):
     for step, metrics in logged:
         logger.log_metrics(metrics, step)
+    for step, compared in enumerate(settings):
+        show_settings(logger, "gradient_confusion", compared, step)
     logger.save()
     logger.finalize("success")
     return logger.log_dir
@@ -106,13 +110,83 @@ def test_table_and_figure(tmp_path, capsys):
     output = tmp_path / "comparison.png"
     assert main([str(tmp_path), "--output", str(output)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["run", "step", "min_cosine", "worst", "p05_cosine", "eta", "train_loss", "min_cosine"]
-    assert lines[1].split()[:-1] == ["deep/version_0", "0", "-1.0000", "-1.0000", "-", "-", "-"]
-    assert lines[2].split()[:-1] == ["wide/version_0", "99", "-0.5000", "-0.7500", "-0.2500", "2.0000", "1.2500"]
+    assert lines[0].split() == [
+        *("run", "n", "unit_size", "engine"),
+        *("step", "min_cosine", "worst", "p05_cosine", "eta", "train_loss", "min_cosine"),
+    ]
+    assert lines[1].split()[:-1] == ["deep/version_0", "-", "-", "-", "0", "-1.0000", "-1.0000", "-", "-", "-"]
+    assert lines[2].split()[:-1] == [
+        "wide/version_0",
+        "-",
+        "-",
+        "-",
+        "99",
+        "-0.5000",
+        "-0.7500",
+        "-0.2500",
+        "2.0000",
+        "1.2500",
+    ]
     assert lines[2].split()[-1] in ("█▃▆", "#.*")
     assert lines[4] == "Left out, without gradient_confusion/min_cosine: other/version_0"
     assert lines[-1] == f"The curves are in {output}"
     assert output.read_bytes().startswith(b"\x89PNG")
+
+
+# ---- what was compared -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("logger_class", [TensorBoardLogger, CSVLogger])
+def test_reads_the_settings_that_were_logged_last(tmp_path, logger_class):
+    first, last = Settings(32, 1, "ghost"), Settings(32, None, "loop")
+    folder = write(logger_class(tmp_path, name="fell back"), LOGGED, first, last)
+    assert read_settings([tmp_path]) == read_settings([folder]) == {"version_0": last}
+    assert read_settings([tmp_path], "another prefix") == {}
+    assert read_runs([tmp_path]) == {"version_0": CURVES}, "settings are no curves"
+
+
+def test_a_run_without_settings_has_none(tmp_path):
+    write(TensorBoardLogger(tmp_path, name="new"), LOGGED, Settings(15, 128, "ghost"))
+    write(TensorBoardLogger(tmp_path, name="old"))
+    assert read_settings([tmp_path]) == {"new/version_0": Settings(15, 128, "ghost")}
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (Settings(15, 1, "loop"), None),
+        (Settings(100, 1, "ghost"), "n differs (15, 100)"),
+        (Settings(15, 128, "ghost"), "unit_size differs (1, 128)"),
+    ],
+)
+def test_says_which_runs_cannot_be_compared(tmp_path, capsys, other, said):
+    write(TensorBoardLogger(tmp_path, name="a"), LOGGED, Settings(15, 1, "ghost"))
+    write(CSVLogger(tmp_path, name="b"), LOGGED, other)
+    assert main([str(tmp_path), "--output", str(tmp_path / "x.png")]) == 0
+    _, first, second, *lines = capsys.readouterr().out.splitlines()
+    assert first.split()[1:4] == ["15", "1", "ghost"]
+    assert second.split()[1:4] == list(map(str, other))
+    assert [line for line in lines if "Not comparable" in line] == (
+        [line for line in lines if said in line] if said else []
+    )
+    axes, *_ = (figure := plot_curves(tmp_path)).axes
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "a/version_0 (n = 15, unit_size = 1, ghost)",
+        f"b/version_0 (n = {other.n}, unit_size = {other.unit_size}, {other.engine})",
+    ]
+    assert (said in axes.get_title()) if said else ("differs" not in axes.get_title())
+
+
+def test_the_title_of_one_run_has_its_settings(tmp_path):
+    write(TensorBoardLogger(tmp_path, name="a"), LOGGED, Settings(15, None, "ghost"))
+    assert plot_curves({"only": tmp_path}).axes[0].get_title().endswith("\nn = 15, unit_size = ?, ghost")
+
+
+def test_runs_that_are_not_drawn_forbid_nothing(tmp_path, capsys):
+    write(CSVLogger(tmp_path, name="a"), LOGGED, Settings(15, 1, "ghost"))
+    write(CSVLogger(tmp_path, name="b"), [(0, {"train_loss": 1.0})], Settings(32, 1, "ghost"))
+    assert main([str(tmp_path), "--output", str(tmp_path / "x.png")]) == 0
+    assert "Not comparable" not in capsys.readouterr().out
 
 
 def test_keys_and_prefix(tmp_path, capsys, monkeypatch):
@@ -121,7 +195,7 @@ def test_keys_and_prefix(tmp_path, capsys, monkeypatch):
     assert main([".", "--prefix", "train", "--keys", "val_acc"]) == 0
     header, row, *_ = capsys.readouterr().out.splitlines()
     assert "val_acc" in header
-    assert row.split()[:-1] == ["version_0", "0", "0.5000", "0.5000", "-", "-", "0.2500"]
+    assert row.split()[:-1] == ["version_0", "-", "-", "-", "0", "0.5000", "0.5000", "-", "-", "0.2500"]
     assert (tmp_path / "confusion.png").is_file()
 
 
@@ -129,7 +203,7 @@ def test_nan_is_neither_the_last_word_nor_an_error(tmp_path, capsys):
     logged = [(step, {"gradient_confusion/min_cosine": value}) for step, value in enumerate((math.nan, -0.5, math.nan))]
     write(CSVLogger(tmp_path, name="run"), logged)
     assert main([str(tmp_path), "--output", str(tmp_path / "x.png")]) == 0
-    assert capsys.readouterr().out.splitlines()[1].split()[2:4] == ["nan", "-0.5000"]
+    assert capsys.readouterr().out.splitlines()[1].split()[5:7] == ["nan", "-0.5000"]
 
 
 def test_sparkline():

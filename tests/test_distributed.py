@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from gram.zoo import first
 from torch import distributed as dist
 from torch import nn
-from zoo import ZOO
 
 from lightning_gradconf.batches.units import split
 from lightning_gradconf.gram import loop
@@ -137,7 +137,7 @@ def engines_on_rank(rank: int, ranks: int, store: str, out: str) -> None:
             results[key] = grams, used, loop.unit_gradients(target, units), why
 
     for name in MODELS:
-        module, loss_fn, batch = ZOO[name]()
+        module, loss_fn, batch = first(name)
         units = split(batch, 1)
         measure(name, module, loss_fn, units[rank * (len(units) // ranks) :][: len(units) // ranks])
     torch.manual_seed(0)

@@ -18,8 +18,8 @@ from test_no_trace import assert_same
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradconf import GradientConfusionCallback
+from lightning_gradconf.batches import draws
 from lightning_gradconf.batches import sources as source
-from lightning_gradconf.batches import units
 from lightning_gradconf.gram.ranks import data_parallel
 from lightning_gradconf.reports import report
 
@@ -98,7 +98,7 @@ class FaultyRows(Rows):
 FUNCTIONS: dict[str, tuple[Any, str]] = {
     "sampling": (source, "units_of"),
     "drawing": (source, "draw"),
-    "unit split": (units, "split"),
+    "unit split": (draws, "cut"),
     "isolation": (torch.compiler, "set_stance"),  # in the middle of putting it up
     "contraction": (data_parallel, "blockwise"),
     "statistics": (report, "gradient_statistics"),

@@ -141,6 +141,22 @@ def test_units_without_classes_have_no_statistics_of_classes():
 
 
 @pytest.mark.parametrize(
+    ("gram", "unit_size", "what"),
+    [
+        (torch.eye(2), 1, ""),
+        (torch.diag(torch.tensor([0.0, 1.0])), 1, ""),
+        (torch.zeros(2, 2), 1, "every single sample is zero.*pass a larger unit_size"),
+        (torch.zeros(2, 2), 8, ""),
+        (torch.tensor([[1.0, 0.0], [0.0, math.nan]]), 1, "not finite"),
+        (torch.full((2, 2), math.inf), 8, "not finite"),
+    ],
+)
+def test_a_measurement_knows_when_it_says_nothing(gram, unit_size, what):
+    fault = Measurement({"weight": gram}, unit_size, 0).fault
+    assert re.search(what, fault) if what else fault == ""
+
+
+@pytest.mark.parametrize(
     ("labels", "what"),
     [
         ("image", r"one whole number .* found torch.float32 \(1, 1, 1, 2\)"),

@@ -16,12 +16,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from gram.zoo import first
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from zoo import ZOO
 
 from lightning_gradconf import GradientConfusionCallback, gradient_gram
 from lightning_gradconf.batches.units import split
@@ -258,7 +258,7 @@ def test_auto_leaves_single_units_to_the_loop(monkeypatch):
 
 def test_gradients_that_ghost_has_to_form_stay_within_the_budget(monkeypatch):
     """Of parameters that are transformed before they meet the data, and of those without a rule."""
-    transformed, bilinear = ZOO["low_rank_adapter"](), ZOO["bilinear"]()
+    transformed, bilinear = first("low_rank_adapter"), first("bilinear")
     monkeypatch.delitem(rules.RULES, "TrilinearBackward0")
     for (module, loss_fn, batch), formed, other in [
         (transformed, 3 * 2 + 2 * 4 + 3 * 4, "vmap"),  # both factors, and the matrix that they make

@@ -383,6 +383,36 @@ class Collate:
         return torch.stack([x for x, _ in samples]) + self.rng.random(), torch.stack([y for _, y in samples])
 
 
+class OfGraphs(Module):
+    """Nodes in a row, with the graph that each belongs to."""
+
+    def loss(self, batch):
+        x, of, y = batch
+        return F.cross_entropy(torch.zeros(len(y), CLASSES).index_add(0, of, self.net(x)), y)
+
+
+def graphs(samples):
+    sizes = [2 + int(5 * random.random()) for _ in samples]
+    x = torch.cat([x.repeat(size, 1) + torch.randn(size, 1) for size, (x, _) in zip(sizes, samples, strict=True)])
+    of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    return x, of, torch.stack([y for _, y in samples])
+
+
+class KeepsNoPadding(Module):
+    """Fails on a sample that keeps the padding of its batch."""
+
+    def loss(self, batch):
+        x, lengths, y = batch
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        return F.cross_entropy(self.net((x * mask[..., None]).sum(1)), y)
+
+
+def padded(samples):
+    lengths = [1 + int(x[0] * 100) % 5 for x, _ in samples]
+    rows = [x.repeat(length, 1) for length, (x, _) in zip(lengths, samples, strict=True)]
+    return nn.utils.rnn.pad_sequence(rows, True), torch.tensor(lengths), torch.stack([y for _, y in samples])
+
+
 class Transforms(pl.LightningDataModule):
     def __init__(self) -> None:
         super().__init__()
@@ -631,13 +661,19 @@ SCENARIOS: dict[str, Scenario] = {
         plugins=lambda: [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**20))]
     ),
     **{f"precision {p}": Scenario(trainer={"precision": p}) for p in ("bf16-mixed", "bf16-true", "64-true")},
-    "combined loaders, max_size": Scenario(TwoLoaders, combined("max_size"), sources=CURRENT),
-    "combined loaders, max_size_cycle": Scenario(TwoLoaders, combined("max_size_cycle"), sources=CURRENT),
+    "combined loaders, max_size": Scenario(TwoLoaders, combined("max_size")),
+    "combined loaders, max_size_cycle": Scenario(TwoLoaders, combined("max_size_cycle")),
     "iterable dataset": Scenario(data=lambda: loader(dataset=Stream(), shuffle=False), sources=CURRENT),
     "loader with its own generator": Scenario(data=lambda: loader(generator=generator())),
     "batch sampler": Scenario(data=batch_sampler),
     "data with random generators of their own": Scenario(
         data=lambda: loader(dataset=RandomData(), collate_fn=Collate())
+    ),
+    "batches of graphs": Scenario(
+        OfGraphs, data=lambda: loader(dataset=RandomData(), collate_fn=graphs, num_workers=1)
+    ),
+    "padding that cannot be kept": Scenario(
+        KeepsNoPadding, data=lambda: loader(dataset=RandomData(), collate_fn=padded)
     ),
     "data module with state": Scenario(data=Transforms),
     "loaders made anew each epoch": Scenario(
@@ -747,12 +783,13 @@ def differences(a: Any, b: Any, where: str) -> list[str]:
     return [] if a == b else [f"{where}: {a!r:.300} != {b!r:.300}"]
 
 
+@pytest.mark.filterwarnings("ignore:.*units cannot be cut out of the batches")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_run_is_bitwise_the_run_without(name: str, variant: str, plain_runs: Any, tmp_path: Path) -> None:
     scenario, options = SCENARIOS[name], VARIANTS[variant]
     if options.get("source", "current") not in scenario.sources:
-        pytest.skip("this source needs one DataLoader over a dataset with indices")
+        pytest.skip("this source needs datasets with indices")
     confusion = GradientConfusionCallback(**(options | scenario.confusion))
     measured = run(scenario, tmp_path / "measured", [confusion])
     assert_same(plain_runs(name), measured)

@@ -91,7 +91,7 @@ def test_the_bar_goes_when_a_measurement_fails(monkeypatch):
     class Here:
         progress_bar_callback, global_rank = TQDMProgressBar(), 0
 
-    with pytest.raises(ZeroDivisionError), progress.shown(Here()) as shown:
+    with pytest.raises(ZeroDivisionError), progress.shown(Here()) as shown:  # noqa: PT012
         shown(1, 2)
         raise ZeroDivisionError
     assert closed == [True]

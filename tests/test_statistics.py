@@ -12,12 +12,12 @@ from lightning_gradconf.statistics import cosine_matrix, gradient_statistics, pa
 
 DEFAULT = ("eta", "min_cosine", "p05_cosine", "mean_cosine", "negative_fraction", "gradient_norm")
 FURTHER = (
-    *("min_inner_product", "median_cosine", "gradient_diversity", "coherence"),
-    *("noise_scale", "normalized_variance", "gradient_disparity", "effective_rank"),
+    *("min_inner_product", "median_cosine", "std_cosine", "gradient_diversity", "coherence"),
+    *("noise_scale", "normalized_variance", "gradient_disparity", "participation_ratio"),
 )
 BY_CLASS = ("within_class_cosine", "between_class_cosine")
-COSINES = ("min_cosine", "p05_cosine", "mean_cosine", "negative_fraction", "median_cosine", *BY_CLASS)
-RATIOS = ("gradient_diversity", "coherence", "noise_scale", "normalized_variance", "effective_rank")
+COSINES = ("min_cosine", "p05_cosine", "mean_cosine", "negative_fraction", "median_cosine", "std_cosine", *BY_CLASS)
+RATIOS = ("gradient_diversity", "coherence", "noise_scale", "normalized_variance", "participation_ratio")
 
 DEVICES = [
     "cpu",
@@ -59,12 +59,12 @@ def oracle(vectors, labels, unit_size):
     n = len(vectors)
     pairs = list(itertools.combinations(range(n), 2))
     products = [dot(vectors[i], vectors[j]) for i, j in pairs]
-    cosines, within, between = [], [], []
+    cosines, classes = [], {}  # classes: the cosines between two classes, or within one
     for i, j in pairs:
         if norm(vectors[i]) and norm(vectors[j]):
             cosine = dot(vectors[i], vectors[j]) / norm(vectors[i]) / norm(vectors[j])
             cosines.append(cosine)
-            (within if labels[i] == labels[j] else between).append(cosine)
+            classes.setdefault(frozenset((labels[i], labels[j])), []).append(cosine)
     squares = [dot(vector, vector) for vector in vectors]
     total = [sum(column) for column in zip(*vectors, strict=True)]
     frobenius = sum(dot(a, b) ** 2 for a in vectors for b in vectors)
@@ -77,6 +77,7 @@ def oracle(vectors, labels, unit_size):
         "gradient_norm": mean([norm(vector) for vector in vectors]),
         "min_inner_product": min(products),
         "median_cosine": quantile(cosines, 0.5),
+        "std_cosine": math.sqrt(mean([(cosine - mean(cosines)) ** 2 for cosine in cosines])) if cosines else math.nan,
         "gradient_diversity": ratio(sum(squares), dot(total, total)),
         "coherence": ratio(dot(total, total), sum(squares)),
         "noise_scale": ratio(unit_size * (mean(squares) - mean(products)), mean(products)),
@@ -84,9 +85,9 @@ def oracle(vectors, labels, unit_size):
         "gradient_disparity": mean(
             [norm([x - y for x, y in zip(vectors[i], vectors[j], strict=True)]) for i, j in pairs]
         ),
-        "effective_rank": ratio(sum(squares) ** 2, frobenius),
-        "within_class_cosine": mean(within),
-        "between_class_cosine": mean(between),
+        "participation_ratio": ratio(sum(squares) ** 2, frobenius),
+        "within_class_cosine": mean([mean(values) for pair, values in classes.items() if len(pair) == 1]),
+        "between_class_cosine": mean([mean(values) for pair, values in classes.items() if len(pair) == 2]),
     }
 
 
@@ -176,14 +177,20 @@ def test_a_simplex_has_the_lowest_mean_cosine(n):
     assert actual["coherence"] == pytest.approx(0, abs=1e-12)
     assert actual["gradient_diversity"] > 1e12
     assert actual["normalized_variance"] == pytest.approx(n / (n - 1))
-    assert actual["effective_rank"] == pytest.approx(n - 1)
+    assert actual["participation_ratio"] == pytest.approx(n - 1)
 
 
 def test_equal_and_orthogonal_gradients():
     equal = as_floats(gradient_statistics(torch.full((4, 4), 9.0), "all"))
     assert_statistics(
         equal,
-        {"coherence": 4, "gradient_diversity": 0.25, "effective_rank": 1, "noise_scale": 0, "normalized_variance": 0}
+        {
+            "coherence": 4,
+            "gradient_diversity": 0.25,
+            "participation_ratio": 1,
+            "noise_scale": 0,
+            "normalized_variance": 0,
+        }
         | {"eta": 0, "min_cosine": 1, "negative_fraction": 0, "gradient_norm": 3, "gradient_disparity": 0},
         rtol=0,
         atol=0,
@@ -191,7 +198,7 @@ def test_equal_and_orthogonal_gradients():
     orthogonal = as_floats(gradient_statistics(9 * torch.eye(4), "all"))
     assert_statistics(
         orthogonal,
-        {"coherence": 1, "gradient_diversity": 1, "effective_rank": 4, "noise_scale": math.inf}
+        {"coherence": 1, "gradient_diversity": 1, "participation_ratio": 4, "noise_scale": math.inf}
         | {"normalized_variance": 1, "min_cosine": 0, "negative_fraction": 0, "gradient_norm": 3},
         rtol=0,
         atol=0,
@@ -220,6 +227,50 @@ def test_noise_scale_has_unbiased_parts(unit_size):
         noises.append(unit_size * (gram.diagonal().mean() - signals[-1]))
     torch.testing.assert_close(torch.stack(signals).mean().item(), 10.0, rtol=1e-9, atol=0)
     torch.testing.assert_close(torch.stack(noises).mean().item(), 10.0, rtol=1e-9, atol=0)
+
+
+# Worked out by hand
+
+# Units 0 to 2 are of class 7, 3 and 4 of class 2, 5 of class 4: three pairs within 7, one within 2, none within 4;
+# six between 7 and 2, three between 7 and 4, two between 2 and 4.
+UNEQUAL = torch.tensor([7, 7, 7, 2, 2, 4])
+UNEQUAL_COSINES = [
+    [1.0, 0.6, 0.3, -0.1, -0.2, 0.5],
+    [0.6, 1.0, 0.0, -0.3, 0.0, 0.1],
+    [0.3, 0.0, 1.0, 0.2, -0.2, 0.0],
+    [-0.1, -0.3, 0.2, 1.0, 0.9, -0.8],
+    [-0.2, 0.0, -0.2, 0.9, 1.0, -0.4],
+    [0.5, 0.1, 0.0, -0.8, -0.4, 1.0],
+]
+
+
+def test_every_class_counts_the_same_however_large():
+    gram = torch.tensor(UNEQUAL_COSINES, dtype=torch.float64)
+    # Within 7: (0.6 + 0.3 + 0.0) / 3 = 0.3; within 2: 0.9. Over pairs it would be 1.8 / 4 = 0.45.
+    assert statistics.within_class_cosine(gram, UNEQUAL).item() == pytest.approx((0.3 + 0.9) / 2)
+    # 7 and 2: (-0.1 - 0.2 - 0.3 + 0.0 + 0.2 - 0.2) / 6 = -0.1; 7 and 4: 0.6 / 3 = 0.2; 2 and 4: -1.2 / 2 = -0.6.
+    # Over pairs it would be -1.2 / 11.
+    assert statistics.between_class_cosine(gram, UNEQUAL).item() == pytest.approx((-0.1 + 0.2 - 0.6) / 3)
+
+
+def test_zero_gradients_are_in_no_class():
+    gram = torch.tensor(UNEQUAL_COSINES, dtype=torch.float64)
+    gram[[0, 4]] = gram[:, [0, 4]] = 0  # leaves 1, 2 of class 7, 3 of 2 and 5 of 4
+    assert statistics.within_class_cosine(gram, UNEQUAL).item() == pytest.approx(0.0)
+    expected = ((-0.3 + 0.2) / 2 + (0.1 + 0.0) / 2 - 0.8) / 3
+    assert statistics.between_class_cosine(gram, UNEQUAL).item() == pytest.approx(expected)
+
+
+def test_the_spread_of_cosines():
+    gram = torch.eye(3, dtype=torch.float64)
+    gram[0, 1] = gram[1, 0] = 0.6  # cosines 0.6, 0, 0: mean 0.2, squares of deviations 0.16, 0.04, 0.04
+    assert statistics.std_cosine(gram).item() == pytest.approx(math.sqrt(0.24 / 3))
+    assert statistics.std_cosine(gram[:2, :2]) == 0, "a single pair"
+
+
+def test_the_participation_ratio_of_two_lengths():
+    # Eigenvalues 3 and 1: (3 + 1)^2 / (9 + 1).
+    assert statistics.participation_ratio(torch.tensor([[3.0, 0.0], [0.0, 1.0]])).item() == pytest.approx(1.6)
 
 
 # Algebraic properties
@@ -289,7 +340,7 @@ def test_ranges(vectors, dtype):
             assert 0 <= value <= n * (1 + rounding)
         elif name == "normalized_variance":
             assert -rounding <= value <= n / (n - 1) * (1 + rounding)
-        elif name == "effective_rank":
+        elif name == "participation_ratio":
             assert 1 <= value <= n
     ordered = [values[name] for name in ("min_cosine", "p05_cosine", "median_cosine")]
     assert any(map(math.isnan, ordered)) or ordered == sorted(ordered)
@@ -331,7 +382,7 @@ def test_one_direction_alone_has_no_cosines():
     assert actual["eta"] == 0
     assert actual["gradient_norm"] == pytest.approx(2 / 3)
     assert actual["gradient_disparity"] == pytest.approx(4 / 3)
-    assert actual["effective_rank"] == 1
+    assert actual["participation_ratio"] == 1
 
 
 def test_all_zero_gradients():
@@ -354,7 +405,7 @@ def test_an_entry_that_is_not_finite_makes_every_statistic_nan(entry, where):
     gram = torch.eye(4)
     gram[where] = entry
     values = gradient_statistics(gram, "all", labels=torch.tensor([0, 0, 1, 1]))
-    assert len(values) == 16
+    assert len(values) == 17
     for name, value in values.items():
         assert value.isnan(), name
     assert cosine_matrix(gram).isnan().all()
@@ -463,7 +514,7 @@ def test_classes_without_a_pair():
 
 
 def test_an_unknown_name_lists_the_valid_ones():
-    with pytest.raises(ValueError, match=r"no statistic \['etta'\].*eta.*effective_rank.*between_class_cosine"):
+    with pytest.raises(ValueError, match=r"no statistic \['etta'\].*eta.*participation_ratio.*between_class_cosine"):
         gradient_statistics(torch.eye(2), ["eta", "etta"])
 
 
@@ -481,7 +532,7 @@ def test_labels_of_another_shape(name, labels):
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (1, 1), (0, 0), (2, 2, 2)])
-@pytest.mark.parametrize("function", [statistics.eta, statistics.effective_rank, cosine_matrix, pairwise_cosines])
+@pytest.mark.parametrize("function", [statistics.eta, statistics.participation_ratio, cosine_matrix, pairwise_cosines])
 def test_a_gram_of_another_shape(function, shape):
     with pytest.raises(ValueError, match=r"shape \(n, n\), n >= 2.*gradients @ gradients.T"):
         function(torch.zeros(shape))

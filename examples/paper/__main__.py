@@ -1,6 +1,6 @@
 """All studies, or those named: trains what is not yet trained, then writes tables and figures.
 
-    PYTHONPATH=examples python -m paper [init] [depth_width] [batchnorm_skip] [orthogonal] [speed]
+    PYTHONPATH=examples python -m paper [init] [depth_width] [batchnorm_skip] [orthogonal] [speed] [theory]
 
 Each finished run is a file under SAVE_DIR/NAME/runs; stop it when you like, and it goes on from there. To train anew,
 remove the folder.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from . import batchnorm_skip, data, depth_width, init, orthogonal, speed, sweep
+from . import batchnorm_skip, data, depth_width, init, orthogonal, speed, sweep, theory
 from .protocol import DIGITS, FULL, shrunk
 
 STUDIES = {
@@ -29,6 +29,7 @@ STUDIES = {
     "batchnorm_skip": batchnorm_skip,
     "orthogonal": orthogonal,
     "speed": speed,
+    "theory": theory,
 }
 
 

@@ -1,27 +1,35 @@
-"""Where units come from: the batches of the training itself, draws from its dataset, or a loader of the user's.
+"""Units and where they come from: cut out of batches, or collated from items of a dataset.
 
-Nothing here touches the training loader: an iterator of its own would draw from the random state, or restart its
-workers. Draws go through a new loader over the same dataset, in the main process, within `probe.no_trace`.
+Nothing here touches the training loader (`loaders` says why). Draws and collations run within ``Feed.isolated``.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from lightning_gradconf.batches import units
-
-if TYPE_CHECKING:
-    from pytorch_lightning import LightningModule, Trainer
+from lightning_gradconf.batches.loaders import (
+    Feed,
+    batch_size,
+    collate,
+    combined,
+    draw_indices,
+    first_indices,
+    has_items,
+    loaders_in,
+    read_items,
+    seed_everything,
+    shares,
+)
+from lightning_gradconf.batches.placement import WHOLE, Placement, cut
+from lightning_gradconf.batches.structure import copy_of
 
 
 class Origin(NamedTuple):
-    """Where the samples of a unit come from.
+    """Where the samples of a unit come from; of several loaders, those of the first.
 
     Attributes:
         samples: Their positions in a batch, or without one, their indices in the dataset.
@@ -32,7 +40,7 @@ class Origin(NamedTuple):
     ('batch 12, sample 3', 'dataset[40, 7]')
     """
 
-    samples: tuple[int, ...]
+    samples: tuple[Any, ...]
     batch: int | None = None
     rank: int | None = None
 
@@ -45,19 +53,28 @@ class Origin(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A batch that one gradient belongs to, and where it comes from."""
+    """A batch that one gradient belongs to, and where it comes from.
+
+    Attributes:
+        batch: The batch.
+        origin: Where its samples come from.
+        size: How many they are, of the loader with the fewest; None if that cannot be told.
+    """
 
     batch: Any
     origin: Origin
+    size: int | None = None
 
 
-def units_of(batch: Any, batch_idx: int, unit_size: int | str, num_units: int | None = None) -> list[Unit]:
-    """Return copies of the units in a batch; with ``unit_size="batch"`` it is one."""
-    if unit_size == "batch":
-        return [Unit(units.copy_of(batch), Origin(tuple(range(size_of(batch) or 0)), batch_idx))]
-    k = int(unit_size)
-    parts = units.split(batch, k, num_units)
-    return [Unit(part, Origin(tuple(range(i * k, (i + 1) * k)), batch_idx)) for i, part in enumerate(parts)]
+def units_of(
+    batch: Any, batch_idx: int, placement: Placement, sizes: Mapping[str, int], num_units: int | None = None
+) -> list[Unit]:
+    """Return the units that a batch is cut into, each with ``sizes`` samples of its parts."""
+    parts = cut(batch, placement, sizes, num_units)
+    first, least = next(iter(sizes.values())), min(sizes.values())
+    return [
+        Unit(part, Origin(tuple(range(i * first, (i + 1) * first)), batch_idx), least) for i, part in enumerate(parts)
+    ]
 
 
 def class_of(batch: Any, labels: str | int | Callable[[Any], Any]) -> int:
@@ -94,120 +111,75 @@ def _entries(batch: Any) -> str:
     return f"a {type(batch).__name__}: give a function of the batch that returns its class"
 
 
-def size_of(batch: Any) -> int | None:
-    """Return the number of samples in a batch, None if they cannot be told."""
-    try:
-        return units.num_samples(batch)
-    except ValueError:
-        return None
-
-
 def draw(
-    trainer: Trainer,
-    module: LightningModule,
+    feed: Feed,
     num_units: int,
     unit_size: int | str,
     seed: Sequence[int],
-    indices: Sequence[Sequence[int]] | None = None,
+    indices: Sequence[Sequence[Any]] | None = None,
 ) -> list[Unit]:
-    """Return units of samples drawn from the training dataset without replacement, on the module's device.
+    """Return units of samples drawn from the training dataset without replacement, each collated alone.
 
     Args:
-        trainer: The running Trainer.
-        module: Its LightningModule.
+        feed: What the run trains on.
         num_units: How many units; fewer if the dataset is smaller.
-        unit_size: Samples in a unit; ``"batch"`` is the batch size of the training loader.
+        unit_size: Samples in a unit; ``"batch"`` is as many as in a batch of the loader.
         seed: Whatever the draw shall depend on, and nothing else does it depend on.
-        indices: Those of an earlier draw, for each unit; None draws them.
+        indices: Those of an earlier draw from the only loader, for each unit; None draws them.
 
     Raises:
-        ValueError: The training data are no single DataLoader with a dataset that can be indexed.
+        ValueError: A loader has no dataset that can be indexed.
     """
-    loader: Any = trainer.train_dataloader
-    batches = getattr(loader, "batch_sampler", None)
-    size = getattr(batches, "batch_size", None) if unit_size == "batch" else int(unit_size)
-    if batches is None or size is None or isinstance(loader.dataset, IterableDataset):
-        raise ValueError(
-            f"source='fresh' and 'fixed' draw from the dataset of one DataLoader with a batch size, found "
-            f"{type(loader).__name__} over {type(getattr(loader, 'dataset', None)).__name__}; use source='current', "
-            "or pass a DataLoader as source"
-        )
-    _seed_everything(seed)
-    sampler = getattr(batches, "sampler", None)
-    if isinstance(sampler, RandomSampler | SequentialSampler):
-        population: Sequence[int] = range(len(loader.dataset))
-    else:  # one that keeps to a part of the dataset, or prefers some of it
-        population = list(chain.from_iterable(batches) if sampler is None else sampler)
-    overfit = trainer.overfit_batches  # type: ignore[attr-defined]
-    if overfit > 0:  # the first batches are all that is trained on, in the order of the dataset
-        population = population[: int(trainer.num_training_batches) * batches.batch_size]
-    if indices is None:
-        n = min(num_units, len(population) // size)
-        drawn_indices = random.sample(population, n * size)
-        indices = [drawn_indices[i * size : (i + 1) * size] for i in range(n)]
-    origins = [Origin(tuple(own)) for own in indices]
-    # One batch for units of one sample, so that padding gives them one shape.
-    chunks = [list(chain.from_iterable(indices))] if size == 1 else [list(own) for own in indices]
-    drawn = DataLoader(loader.dataset, batch_sampler=chunks, collate_fn=loader.collate_fn)
-    batches = [on_device(trainer, module, batch) for batch in drawn]
-    parts = units.split(batches[0], 1) if size == 1 else [units.copy_of(batch) for batch in batches]
-    if len(parts) != len(origins):  # the user's collate_fn leaves samples out, and does not say which
-        origins = [Origin(())] * len(parts)
-    return [Unit(part, origin) for part, origin in zip(parts, origins, strict=True)]
+    seed_everything(seed)
+    loaders = loaders_in(feed.loaders)
+    for loader in loaders.values():
+        if not has_items(loader):
+            raise ValueError(
+                f"source='fresh' and 'fixed' draw from the dataset of a DataLoader, one item at a time, found "
+                f"{type(loader).__name__} over {type(getattr(loader, 'dataset', None)).__name__}; use "
+                "source='current', or pass a DataLoader as source"
+            )
+    sizes = dict.fromkeys(loaders, None) if unit_size == "batch" else shares(loaders, int(unit_size))
+    groups = {path: _drawn(feed, loader, sizes[path], num_units) for path, loader in loaders.items()}
+    if indices is not None and len(loaders) == 1:
+        groups = {path: indices for path in loaders}
+    return collated(feed.loaders, groups, feed.prepare)
 
 
-def read(
-    trainer: Trainer,
-    module: LightningModule,
-    loader: DataLoader[Any],
-    num_units: int,
-    unit_size: int | str,
-    seed: Sequence[int],
+def _drawn(feed: Feed, loader: Any, size: int | None, num: int) -> Sequence[Sequence[Any]]:
+    """Groups of indices, of the batches that are overfitted if these are all that is trained on."""
+    if feed.overfitted is None:
+        return draw_indices(loader, size, num)
+    population = [index for batch in first_indices(loader, None, feed.overfitted) for index in batch]
+    size = size or batch_size(loader) or 1
+    num = min(num, len(population) // size)
+    indices = random.sample(population, num * size)
+    return [indices[i * size : (i + 1) * size] for i in range(num)]
+
+
+def first_of(feed: Feed, loader: Any, num_units: int, unit_size: int | str, seed: Sequence[int]) -> list[Unit]:
+    """Return units of the first items of a loader of the user's, each collated alone."""
+    seed_everything(seed)
+    size = None if unit_size == "batch" else int(unit_size)
+    return collated(loader, {WHOLE: first_indices(loader, size, num_units)}, feed.prepare)
+
+
+def collated(
+    structure: Any, indices: Mapping[str, Sequence[Sequence[Any]]], prepare: Callable[[Any], Any]
 ) -> list[Unit]:
-    """Return the first units of a loader of the user's, started anew, on the module's device."""
-    _seed_everything(seed)
-    found: list[Unit] = []
-    for batch_idx, batch in enumerate(loader):
-        found += units_of(on_device(trainer, module, batch), batch_idx, unit_size, num_units - len(found))
-        if len(found) == num_units:
-            break
+    """Return one unit for each group of indices, made as the loaders make a batch.
+
+    Args:
+        structure: The loader, or several in the structure of their batches.
+        indices: Groups of indices for each loader, as of `loaders_in`; the loader with the fewest ends it.
+        prepare: As of `Feed`.
+    """
+    loaders = loaders_in(structure)
+    found = []
+    for groups in zip(*(indices[path] for path in loaders), strict=False):
+        parts = [
+            collate(loader, read_items(loader, group)) for loader, group in zip(loaders.values(), groups, strict=True)
+        ]
+        batch = copy_of(prepare(combined(structure, iter(parts))))
+        found.append(Unit(batch, Origin(tuple(groups[0])), min(map(len, groups))))
     return found
-
-
-def state_of(loader: Any) -> list[Any]:
-    """Return what drawing from a loader's dataset changes: random generators, and what the parts of it hold."""
-    samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
-    parts = [getattr(loader, name, None) for name in ("generator", "dataset", "collate_fn")]
-    return [*parts, *(vars(part) for part in samplers if hasattr(part, "__dict__"))]
-
-
-def training_loaders(trainer: Trainer) -> Iterator[Any]:
-    """Yield the loaders that the Trainer trains on."""
-    todo = [trainer.train_dataloader]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, dict):
-            todo.extend(item.values())
-        elif isinstance(item, list | tuple):
-            todo.extend(item)
-        else:
-            yield item
-
-
-def on_device(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
-    """Return a batch as the Trainer would hand it to ``training_step``."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-
-def _seed_everything(seed: Sequence[int]) -> None:
-    """Make draws and augmentations depend on ``seed`` alone; the caller has remembered the random state."""
-    number = random.Random(",".join(map(str, seed))).getrandbits(32)
-    random.seed(number)
-    torch.manual_seed(number)
-    try:
-        import numpy as np
-    except ImportError:
-        return
-    np.random.seed(number)

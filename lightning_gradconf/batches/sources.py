@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_gradconf.batches.draws import Unit, draw, read, size_of, state_of, units_of
-
-if TYPE_CHECKING:
-    from pytorch_lightning import LightningModule, Trainer
+from lightning_gradconf.batches.draws import Origin, Unit, draw, first_of, units_of
+from lightning_gradconf.batches.layout import Layout
+from lightning_gradconf.batches.loaders import Feed, has_items, loaders_in, samples_at, seed_everything
+from lightning_gradconf.batches.structure import copy_of, leaves
+from lightning_gradconf.batches.units import num_samples
 
 
 class Source:
@@ -24,6 +27,10 @@ class Source:
         seed: Of the draws.
         over_batches: Whether units of the current batches are gathered over several of them.
         fixed_indices: The indices of an earlier fixed draw, for each unit; None draws them.
+
+    Attributes:
+        remark: What to tell the user about units that are drawn although those of the batch in training were asked
+            for; None if there is nothing to tell.
     """
 
     def __init__(
@@ -33,81 +40,186 @@ class Source:
         num_units: int,
         seed: int,
         over_batches: bool,
-        fixed_indices: Sequence[Sequence[int]] | None = None,
+        fixed_indices: Sequence[Sequence[Any]] | None = None,
     ) -> None:
         self._kind, self._unit_size, self._num_units, self._seed = kind, unit_size, num_units, seed
         self._over_batches = over_batches or unit_size == "batch"
         self._recent: deque[Unit] = deque()
-        self._batch_size: int | None = None
+        self._layout: Layout | None = None
+        self._largest: dict[str, int] = {}
+        self._shapes: list[torch.Size] = []
         self._error: Exception | None = None
         self._fixed: list[Unit] | None = None
         self._fixed_indices = fixed_indices
+        self._alone = False  # whether units are collated alone that were to be cut out of batches
+        self.remark: str | None = None
 
     @property
     def seen(self) -> int:
         """How many units of the batches in training are at hand."""
         return len(self._recent)
 
-    def see(self, trainer: Trainer, batch: Any, batch_idx: int, due: bool) -> None:
+    @property
+    def _cuts_current(self) -> bool:
+        return self._kind == "current" and not self._alone
+
+    def see(self, feed: Feed, batch: Any, batch_idx: int, due: bool) -> None:
         """Keep copies of the units in a batch that is about to be trained on, which training_step may write to."""
-        if self._kind != "current" or not (due or self._over_batches):
+        if not self._cuts_current or not (due or self._over_batches):
             return
         try:
-            found = units_of(batch, batch_idx, self._unit_size, None if self._over_batches else self._num_units)
+            if self._layout is None:
+                with feed.isolated(feed.loaders):
+                    self._layout = Layout(feed, feed.loaders)
+            try:
+                found = self._units_of(self._layout, batch, batch_idx, None if self._over_batches else self._num_units)
+            except ValueError as error:
+                if not self.collate_instead(feed, str(error)):
+                    raise
+                return
         except Exception as error:  # of this rank alone, to be raised where all ranks hear of it
             self._error = error
             return
-        if self._unit_size == "batch":
-            size = size_of(batch)
-            self._batch_size = self._batch_size or size
-            found = found if size == self._batch_size else []  # a short last batch is no unit like the others
         if not self._over_batches:
             self._recent.clear()
         elif self._recent.maxlen is None and found:
-            per_epoch = len(found) * trainer.num_training_batches
+            per_epoch = len(found) * feed.batches
             self._recent = deque(maxlen=int(min(self._num_units, per_epoch)))
         self._recent.extend(found)
 
     def ready(self, n: int | None) -> bool:
         """Whether there are n units; before n is known, as many as there can be, which then decides on n."""
-        if self._kind != "current" or self._error is not None:
+        if not self._cuts_current or self._error is not None:
             return True
         if n is not None:
             return len(self._recent) >= n
         return not self._over_batches or len(self._recent) == self._recent.maxlen
 
-    def units(self, trainer: Trainer, module: LightningModule, wanted: int, step: int) -> list[Unit]:
+    def units(self, feed: Feed, wanted: int, step: int) -> list[Unit]:
         """Return the units of this rank to be measured at a step: ``wanted``, or all that there are."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
-        if self._kind == "current":
+        if self._cuts_current:
             return list(self._recent)[-wanted:]
-        seed, rank = self._seed, trainer.global_rank
         if isinstance(self._kind, DataLoader):
-            return read(trainer, module, self._kind, wanted, self._unit_size, (seed, step, rank))
-        if self._kind == "fresh":
-            return draw(trainer, module, wanted, self._unit_size, (seed, step, rank))
+            return self._read(feed, self._kind, wanted, step)
+        if self._kind != "fixed":
+            return self._collated(feed, wanted, step)
         if self._fixed is None:
-            self._fixed = draw(trainer, module, wanted, self._unit_size, (seed, rank), self._fixed_indices)
+            seed = (self._seed, feed.rank)
+            self._fixed = draw(feed, wanted, self._unit_size, seed, self._fixed_indices)
         return self._fixed
 
     @property
-    def fixed_indices(self) -> Sequence[Sequence[int]] | None:
-        """The indices of the fixed draw, for each unit; None if there is none, or they are not known."""
+    def fixed_indices(self) -> Sequence[Sequence[Any]] | None:
+        """The indices of the fixed draw, for each unit; None if there is none."""
         if self._fixed is None:
             return self._fixed_indices
-        indices = [unit.origin.samples for unit in self._fixed]
-        return indices if all(indices) else None
+        return [list(unit.origin.samples) for unit in self._fixed]
 
-    def drawn_from(self, trainer: Trainer) -> Sequence[Any]:
-        """Return what `units` changes, to be put back."""
-        if self._kind == "current":
+    def reads(self, feed: Feed) -> Any:
+        """Return the loaders whose items `units` reads, none where it has the batches in training."""
+        if self._cuts_current:
             return []
-        return state_of(self._kind if isinstance(self._kind, DataLoader) else trainer.train_dataloader)
+        return self._kind if isinstance(self._kind, DataLoader) else feed.loaders
+
+    def pads(self, feed: Feed, step: int) -> bool:
+        """Return whether the last units that were cut out of a batch have other shapes than units collated alone."""
+        if not self._shapes or not self._can_collate(feed):
+            return False
+        try:
+            with feed.isolated(self._kind if isinstance(self._kind, DataLoader) else feed.loaders):
+                return any(_shapes(unit) != self._shapes for unit in self._collated(feed, self._num_units, step))
+        except Exception:  # of the user's dataset
+            return False
+
+    def collate_instead(self, feed: Feed, reason: str) -> bool:
+        """Take units that are each collated from items of the dataset from now on.
+
+        Args:
+            feed: What the run trains on.
+            reason: What is wrong with units that are cut out of batches.
+
+        Returns:
+            Whether that is possible.
+        """
+        if not self._can_collate(feed):
+            return False
+        self._alone, (reason, *_) = True, reason.splitlines() or [""]
+        if self._kind == "current":  # a loader of the user's gives the same samples either way
+            self.remark = (
+                "units cannot be cut out of the batches of training, so they are drawn as with source='fresh' "
+                f"({reason}). Pass source='fresh' to choose this."
+            )
+        return True
+
+    def cut_again(self) -> None:
+        """Take back `collate_instead`, which has not helped."""
+        self._alone, self.remark = False, None
+
+    def samples_of(self, feed: Feed, batch: Any, batch_idx: int) -> int | None:
+        """Return how many samples a batch in training has, None if that cannot be told."""
+        sizes = [samples_at(loader, batch_idx) for loader in loaders_in(feed.loaders).values()]
+        if None not in sizes:
+            return min(size for size in sizes if size is not None)
+        try:
+            return num_samples(batch)
+        except ValueError:
+            return None
 
     def forget(self) -> None:
         """Release the batches kept."""
         self._recent.clear()
         self._fixed_indices = self.fixed_indices
         self._fixed = None
+
+    def _can_collate(self, feed: Feed) -> bool:
+        """Whether units are cut out of batches now, and could be collated alone."""
+        given = isinstance(self._kind, DataLoader)
+        if self._unit_size == "batch" or self._alone or not (given or self._kind == "current"):
+            return False
+        return all(map(has_items, loaders_in(self._kind if given else feed.loaders).values()))
+
+    def _collated(self, feed: Feed, wanted: int, step: int) -> list[Unit]:
+        seed = (self._seed, step, feed.rank)
+        if isinstance(self._kind, DataLoader):
+            return first_of(feed, self._kind, wanted, self._unit_size, seed)
+        return draw(feed, wanted, self._unit_size, seed)
+
+    def _read(self, feed: Feed, loader: DataLoader[Any], wanted: int, step: int) -> list[Unit]:
+        """The first units of a loader of the user's, started anew."""
+        if self._layout is None:
+            self._layout = Layout(feed, loader)
+        if self._layout.reason is not None:
+            self.collate_instead(feed, self._layout.reason)
+        if self._alone:
+            return self._collated(feed, wanted, step)
+        seed_everything((self._seed, step, feed.rank))
+        found: list[Unit] = []
+        for batch_idx, batch in enumerate(loader):
+            found += self._units_of(self._layout, feed.prepare(batch), batch_idx, wanted - len(found))
+            if len(found) == wanted:
+                break
+        return found
+
+    def _units_of(self, layout: Layout, batch: Any, batch_idx: int, num_units: int | None) -> list[Unit]:
+        """The units in a batch; with ``unit_size="batch"`` it is one, unless it is shorter than others."""
+        if self._unit_size != "batch":
+            placement, counts = layout.placed(batch)
+            sizes = layout.shares(int(self._unit_size), counts)
+            found = units_of(batch, batch_idx, placement, sizes, num_units)
+            self._shapes = _shapes(found[-1]) if found else []
+            return found
+        counts = layout.counts(batch, batch_idx)
+        if any(size < self._largest.get(path, 0) for path, size in counts.items()):
+            return []
+        if any(size > self._largest.get(path, size) for path, size in counts.items()):  # those before were short
+            self._recent.clear()
+        self._largest |= counts
+        first = next(iter(counts.values()), 0)
+        return [Unit(copy_of(batch), Origin(tuple(range(first)), batch_idx), min(counts.values(), default=None))]
+
+
+def _shapes(unit: Unit) -> list[torch.Size]:
+    return [leaf.shape for _, leaf in leaves(unit.batch) if isinstance(leaf, Tensor)]

@@ -205,7 +205,7 @@ def _metric_classes() -> tuple[type, ...]:
 @contextmanager
 def _handled(handler: _Handler) -> Iterator[None]:
     """Within this context, ``handler`` gets the calls that this thread makes to metrics; none of them syncs ranks."""
-    global _handling
+    global _handling  # noqa: PLW0603 - counts the contexts of all threads
     outer = getattr(_here, "handler", None)
     with _lock:
         _handling += 1

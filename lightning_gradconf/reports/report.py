@@ -61,6 +61,18 @@ class Measurement:
         """The cosines of all pairs, ``(m,)``; none if a gradient is not finite."""
         return pairwise_cosines(self.gram) if bool(self.gram.isfinite().all()) else self.gram.new_empty(0)
 
+    @property
+    def fault(self) -> str:
+        """Return why this measurement says nothing, and what to do about it; empty if it does say something."""
+        if not bool(self.gram.isfinite().all()):
+            return "a gradient is not finite; such measurements are logged as NaN."
+        if self.unit_size == 1 and not bool(self.gram.any()):
+            return (
+                "the gradient of every single sample is zero, so there are no cosines. A loss that compares "
+                "samples, such as a contrastive one, is constant for one of them: pass a larger unit_size."
+            )
+        return ""
+
 
 class Pair(NamedTuple):
     """Two units of one measurement.

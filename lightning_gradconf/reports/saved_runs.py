@@ -1,4 +1,4 @@
-"""The curves of training runs, read back from where loggers wrote them: TensorBoard's event files and CSV files."""
+"""The curves and settings of runs, read back from where loggers wrote them: TensorBoard's event files and CSV files."""
 
 from __future__ import annotations
 
@@ -8,37 +8,46 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from lightning_gradconf.reports.settings import Settings, settings_from
 
 Curve = dict[int, float]  # {step: value}, in the order of steps
 
 
 def read_runs(paths: Iterable[str | Path]) -> dict[str, dict[str, Curve]]:
-    """``{run: {key: {step: value}}}`` of every run in ``paths``.
+    """Return ``{run: {key: {step: value}}}`` of every run in ``paths``.
 
     A path is a folder, searched with the folders in it, or a single event file or ``metrics.csv``. A run is a folder
     that holds such files; its name is its path below what all runs share. Raises ``FileNotFoundError`` for a path
     that is not there or without any run.
     """
-    found: dict[Path, dict[str, Curve]] = {}
-    for path in map(Path, paths):
-        files = list(_files(path))
-        if not files:
-            missing = "does not exist" if not path.exists() else "holds no TensorBoard event files and no metrics.csv"
-            raise FileNotFoundError(
-                f"{path} {missing}: pass the folder that a logger saved to, its save_dir or log_dir"
-            )
+    runs: dict[str, dict[str, Curve]] = {}
+    for name, files in _files_of_runs(paths).items():
+        run = runs.setdefault(name, {})
         for file in files:
-            run = found.setdefault(file.parent.resolve(), {})
             for key, curve in _read(file).items():  # a run that was resumed goes on in a second file
                 run[key] = dict(sorted((run.get(key, {}) | curve).items()))
-    shared = os.path.commonpath([folder.parent for folder in found]) if found else ""
-    return {folder.relative_to(shared).as_posix(): found[folder] for folder in sorted(found)}
+    return runs
+
+
+def read_settings(paths: Iterable[str | Path], prefix: str = "gradient_confusion") -> dict[str, Settings]:
+    """Return ``{run: Settings}`` of those runs in ``paths`` that have logged them under ``prefix``.
+
+    Runs have the names that ``read_runs`` gives them. Raises ``FileNotFoundError`` for a path without any run.
+    """
+    found = {}
+    for name, files in _files_of_runs(paths).items():
+        for file in files:
+            if (row := _settings_row(file, prefix)) is not None:  # the last is what a resumed run went on with
+                found[name] = settings_from(row)
+    return found
 
 
 def measured(
     runs: Mapping[str, dict[str, Curve]], keys: Iterable[str] | None = None, prefix: str = "gradient_confusion"
 ) -> dict[str, dict[str, Curve]]:
-    """Those of ``runs`` that hold what the callback logs under ``prefix``.
+    """Return those of ``runs`` that hold what the callback logs under ``prefix``.
 
     Raises ``ValueError`` if there is none, or none of them has one of ``keys``.
     """
@@ -55,7 +64,7 @@ def measured(
 
 
 def loss_keys(keys: Iterable[str]) -> list[str]:
-    """Those of ``keys`` that are losses by their names, of training first, one of ``_step`` and ``_epoch`` twins.
+    """Return those of ``keys`` that are losses by name, of training first, one of ``_step`` and ``_epoch`` twins.
 
     >>> loss_keys(["epoch", "val_loss", "train_loss_step", "train_loss_epoch"])
     ['train_loss_step', 'val_loss']
@@ -64,7 +73,7 @@ def loss_keys(keys: Iterable[str]) -> list[str]:
 
 
 def accuracy_keys(keys: Iterable[str]) -> list[str]:
-    """Those of ``keys`` that are accuracies by their names, in the order of ``loss_keys``.
+    """Return those of ``keys`` that are accuracies by their names, in the order of ``loss_keys``.
 
     >>> accuracy_keys(["val_acc", "train_loss", "lr-Adam"])
     ['val_acc']
@@ -78,8 +87,24 @@ def _named(keys: Iterable[str], part: str) -> list[str]:
     return sorted(named, key=lambda key: ("train" not in key.lower(), key))
 
 
+def _files_of_runs(paths: Iterable[str | Path]) -> dict[str, list[Path]]:
+    """Return the files of each run, by its name."""
+    found: dict[Path, list[Path]] = {}
+    for path in map(Path, paths):
+        files = list(_files(path))
+        if not files:
+            missing = "does not exist" if not path.exists() else "holds no TensorBoard event files and no metrics.csv"
+            raise FileNotFoundError(
+                f"{path} {missing}: pass the folder that a logger saved to, its save_dir or log_dir"
+            )
+        for file in files:
+            found.setdefault(file.parent.resolve(), []).append(file)
+    shared = os.path.commonpath([folder.parent for folder in found]) if found else ""
+    return {folder.relative_to(shared).as_posix(): found[folder] for folder in sorted(found)}
+
+
 def _files(path: Path) -> Iterator[Path]:
-    """What can be read in ``path``, csv files first: where both hold a run, TensorBoard's are exact."""
+    """Yield what can be read in ``path``, csv files first: where both hold a run, TensorBoard's are exact."""
     if path.is_file():
         yield path
         return
@@ -88,7 +113,7 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def _numbers(file: Path) -> list[int]:
-    """What orders the event files of a run: their names hold a time in seconds, a process and a counter."""
+    """Return what orders the event files of a run: their names hold a time in seconds, a process and a counter."""
     return [int(number) for number in re.findall(r"\d+", file.name)]
 
 
@@ -106,11 +131,36 @@ def _read_csv(file: Path) -> dict[str, Curve]:
     return {key: curve for key, curve in curves.items() if curve}
 
 
-def _read_events(file: Path) -> dict[str, Curve]:
+def _settings_row(file: Path, prefix: str) -> dict[str, str] | None:
+    """Return the last row of the table of settings that was logged to ``file``, or beside it if it is a CSV file."""
+    if file.suffix == ".csv":
+        beside = file.with_name(prefix) / "settings.csv"
+        if not beside.is_file():
+            return None
+        with beside.open(newline="", encoding="utf-8") as lines:
+            return list(csv.DictReader(lines))[-1]
+    events, tag = _events(file), f"{prefix}/settings/text_summary"
+    if tag not in events.Tags()["tensors"]:
+        return None
+    columns, _, cells = events.Tensors(tag)[-1].tensor_proto.string_val[0].decode().splitlines()
+    return dict(zip(_cells(columns), _cells(cells), strict=True))
+
+
+def _cells(line: str) -> list[str]:
+    """Return the cells of a line of a table in Markdown."""
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def _events(file: Path) -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    # 0 keeps every point, 1 as little as it can.
+    # 0 keeps every point, 1 the last one.
     sizes = {"scalars": 0, "images": 1, "histograms": 1, "compressedHistograms": 1, "tensors": 1}
     events = EventAccumulator(str(file), size_guidance=sizes)
     events.Reload()
+    return events
+
+
+def _read_events(file: Path) -> dict[str, Curve]:
+    events = _events(file)
     return {key: {e.step: e.value for e in events.Scalars(key)} for key in events.Tags()["scalars"]}

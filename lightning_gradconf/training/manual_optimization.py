@@ -72,7 +72,7 @@ class ManualOptimization:
             for part in lightning_modules(self._module):
                 attributes = vars(part)
                 attributes["manual_backward"] = lambda loss, *args, **kwargs: self._run.backward(loss)
-                attributes["toggle_optimizer"] = lambda optimizer: self._toggle(optimizer)
+                attributes["toggle_optimizer"] = self._toggle
                 attributes["untoggle_optimizer"] = lambda optimizer: self._toggle(None)
                 attributes["clip_gradients"] = _do_nothing
             kept = [value for part in lightning_modules(self._module) for value in vars(part).values()]

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_gradconf.batches import draws
-from lightning_gradconf.batches.draws import Unit
+from lightning_gradconf.batches.draws import Unit, class_of
+from lightning_gradconf.batches.loaders import Feed
 from lightning_gradconf.batches.units import copy_of
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.ranks import sharded
 from lightning_gradconf.gram.select import gram_of_units
 from lightning_gradconf.reports.report import Measurement
+from lightning_gradconf.training.feed import feed_of
 from lightning_gradconf.training.progress import shown
-from lightning_gradconf.training.training_step import StepObjective, digests, no_trace, objectives, prepare_step
+from lightning_gradconf.training.training_step import StepObjective, digests, objectives, prepare_step
 
 if TYPE_CHECKING:
     from lightning_gradconf.training.session import Session
@@ -41,13 +42,14 @@ def measured_now(session: Session, batch: Any, batch_idx: int, step: int) -> lis
         sharded.rest(module)
     session.loss.batch_idx, session.loss.skipped = batch_idx, True
     before = digests(trainer, module) if session.settings.verify and session.n is None else {}
-    with _isolated(session):
-        units = _units(session, batch, batch_idx, step)
+    feed = feed_of(trainer, module)
+    with _isolated(session, feed):
+        units = _units(session, feed, batch, batch_idx, step)
         if enough := units is not None and len(units) >= _fewest_units(session):
             classes = _classes(session, units)
-            unit_size = draws.size_of(units[0].batch)
+            unit_size, ordinary = units[0].size, session.source.samples_of(feed, batch, batch_idx)
             parts = _objectives(session, units[0], unit_size)
-            grams = [_grams(session, part, units, unit_size, draws.size_of(batch)) for part in parts]
+            grams = [_grams(session, part, units, unit_size, ordinary) for part in parts]
     if before and not _left_no_trace(session, before):
         return []
     if units is None:
@@ -68,24 +70,23 @@ def measured_now(session: Session, batch: Any, batch_idx: int, step: int) -> lis
 
 
 @contextmanager
-def _isolated(session: Session) -> Iterator[None]:
+def _isolated(session: Session, feed: Feed) -> Iterator[None]:
     """Let nothing in this context reach the run; a rank that cannot set it up takes the others with it."""
     with ExitStack() as stack:
-        drawn_from = session.source.drawn_from(session.trainer)
-        isolation = no_trace(session.trainer, session.module, *drawn_from)
+        isolation = feed.isolated(session.source.reads(feed))
         session.ranks.on_all(lambda: stack.enter_context(isolation))
         if session.loss.manual is not None:
             stack.enter_context(session.loss.manual.inert())
         yield
 
 
-def _units(session: Session, batch: Any, batch_idx: int, step: int) -> list[Unit] | None:
+def _units(session: Session, feed: Feed, batch: Any, batch_idx: int, step: int) -> list[Unit] | None:
     """Return the units of this rank, as many as on each other rank; None where the module skips this batch."""
 
     def prepare() -> list[Unit] | None:
         if not prepare_step(session.module, copy_of(batch), batch_idx):
             return None
-        return session.source.units(session.trainer, session.module, session.n or session.settings.num_units, step)
+        return session.source.units(feed, session.n or session.settings.num_units, step)
 
     units = session.ranks.on_all(prepare)
     n = session.ranks.minimum(-1 if units is None else len(units))
@@ -102,7 +103,7 @@ def _classes(session: Session, units: Sequence[Unit]) -> list[int]:
     labels = session.settings.labels
     if labels is None:
         return []
-    return session.ranks.on_all(lambda: [draws.class_of(unit.batch, labels) for unit in units])
+    return session.ranks.on_all(lambda: [class_of(unit.batch, labels) for unit in units])
 
 
 def _objectives(session: Session, unit: Unit, unit_size: int | None) -> list[StepObjective]:

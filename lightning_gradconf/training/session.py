@@ -8,12 +8,13 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from lightning_gradconf.batches import draws
+from lightning_gradconf.batches.loaders import loaders_in
 from lightning_gradconf.batches.sources import Source
 from lightning_gradconf.gram.ranks.process_group import Ranks, joined
 from lightning_gradconf.gram.ranks.sharded import is_sharded
 from lightning_gradconf.gram.select import in_words
 from lightning_gradconf.reports.report import Measurement, Report
+from lightning_gradconf.training.attempts import advice, measured_or_collated
 from lightning_gradconf.training.compat import (
     collective_timeout,
     inform,
@@ -22,8 +23,8 @@ from lightning_gradconf.training.compat import (
     warn,
     warn_here,
 )
+from lightning_gradconf.training.feed import feed_of
 from lightning_gradconf.training.manual_optimization import ManualOptimization
-from lightning_gradconf.training.measure import measured_now
 from lightning_gradconf.training.overhead import Overhead
 from lightning_gradconf.training.schedule import Schedule
 from lightning_gradconf.training.training_step import StepLoss, reason_not_to_measure
@@ -42,7 +43,7 @@ def reason_not_to_start(settings: GradientConfusionCallback, trainer: Trainer, m
     """Return why a run cannot be measured and what to do about it, None if it can."""
     if (reason := reason_not_to_measure(trainer, module, settings.loss_fn)) is not None:
         return reason
-    if any(settings.source is loader for loader in draws.training_loaders(trainer)):
+    if any(settings.source is loader for loader in loaders_in(trainer.train_dataloader).values()):
         return "source= is the training loader itself, whose order would change; use source='fresh'"
     names = [name for name, _ in module.named_parameters()]
     for pattern in [settings.parameters] if isinstance(settings.parameters, str) else settings.parameters or []:
@@ -105,6 +106,7 @@ class Session:
         self.last_batch: tuple[Any, int, int] | None = None
         self.sharded = is_sharded(module)
         self._failures = 0
+        self._advice = ""
         self._said: set[str] = set()
         if self.sharded and (settings.labels is not None or settings.top_pairs):
             self.warn_once("labels= and top_pairs= say nothing in this run: with FSDP a unit spans all ranks.")
@@ -139,7 +141,7 @@ class Session:
         if not self.active or only_refreshes_statistics(self.trainer):
             return False
         due = self.schedule.is_due(self.trainer)
-        self.source.see(self.trainer, batch, batch_idx, due)
+        self.source.see(feed_of(self.trainer, self.module), batch, batch_idx, due)
         if not due:
             return False
         if not self.ranks.minimum(self.source.ready(self.n)):
@@ -185,10 +187,14 @@ class Session:
         """
         self.overhead.start()
         try:
-            measurements = measured_now(self, batch, batch_idx, step)
+            measurements = measured_or_collated(self, batch, batch_idx, step)
         except Exception as error:
+            if self._failures == 0:
+                self._advice = self._advice or advice(self, batch, batch_idx, step)
             self._count_failure(error)
             return []
+        if self.source.remark is not None and measurements:
+            self.warn_once(self.source.remark)
         if measurements:
             self.schedule.done(step)
             self._failures = 0
@@ -280,11 +286,11 @@ class Session:
         self._failures += 1
         self.schedule.owed = False
         self.active = self._failures < _MAX_FAILURES
-        advice = (
+        remedy = self._advice or (
             f"After {_MAX_FAILURES} failures in a row it stops trying; to see the whole error, run gradient_gram on "
             "this module and a batch."
         )
-        self._warn_of_error("a measurement failed", error, advice)
+        self._warn_of_error("a measurement failed", error, remedy)
 
     def say_too_few(self, n: int) -> None:
         """Switch off if the first measurement finds no two units; later ones wait for a batch that is large enough."""

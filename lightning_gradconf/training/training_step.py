@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from hashlib import sha256
@@ -34,7 +34,7 @@ _HOOKS = ("on_train_batch_start", "on_before_batch_transfer", "transfer_batch_to
 
 
 @contextmanager
-def no_trace(trainer: Trainer, module: LightningModule, *others: Any) -> Iterator[None]:
+def no_trace(trainer: Trainer, module: LightningModule, *others: Any, data: Iterable[Any] = ()) -> Iterator[None]:
     """Within this context, nothing that a training step does reaches the run.
 
     Logging is mute, the loggers write nothing, compiled code runs eagerly, and everything that a step changes in
@@ -44,12 +44,13 @@ def no_trace(trainer: Trainer, module: LightningModule, *others: Any) -> Iterato
         trainer: The running Trainer.
         module: Its LightningModule.
         others: More containers whose contents are put back.
+        data: What data are read from, of which attributes and random generators are put back.
     """
     with ExitStack() as stack:
         groups = [optimizer.param_groups for optimizer in trainer.optimizers]
         schedulers = [vars(config.scheduler) for config in trainer.lr_scheduler_configs]
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        data = [] if datamodule is None else [datamodule]
+        data = [*data] if datamodule is None else [*data, datamodule]
         # What a manually optimised step does to gradients by hand, it does to those of the module itself.
         tensors = not module.automatic_optimization or any(_is_overridden(module, name) for name in _HOOKS)
         stack.enter_context(untouched(module, *groups, *schedulers, *others, data=data, tensors=tensors))

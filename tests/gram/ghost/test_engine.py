@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from gram.zoo import first
+from gram.zoo.registry import Model, cross_entropy, mean_square
 from torch import Tensor, nn
-from zoo import ZOO, Model, cross_entropy, mean_square
 
 from lightning_gradconf.batches.units import split
 from lightning_gradconf.gram.findings import findings_of
@@ -62,10 +63,10 @@ RIGHT = rules.RULES["AddmmBackward0"]
 @pytest.mark.parametrize("wrong", [wrong_factor, wrong_order])
 def test_a_wrong_rule_is_noticed_said_once_and_measured_by_the_others(wrong, monkeypatch, caplog):
     monkeypatch.setitem(rules.RULES, "AddmmBackward0", wrong)
-    model, loss, batch = ZOO["mlp"]()
+    model, loss, batch = first("mlp")
     with pytest.raises(RuntimeError, match=r"weighted sum of gradients is wrong.* of '\d\.weight' by"):
         measure(model, loss, batch)
-    model, loss, batch = ZOO["mlp"]()
+    model, loss, batch = first("mlp")
     want = measure(model, loss, batch, "loop")
     caplog.clear()
     with caplog.at_level(logging.WARNING, "lightning_gradconf"):
@@ -80,7 +81,7 @@ def test_the_sum_of_all_gradients_would_prove_nothing(monkeypatch):
     monkeypatch.setitem(rules.RULES, "AddmmBackward0", wrong_order)
     monkeypatch.setattr(engine, "random_weights", lambda like, seed: torch.ones_like(like))
     monkeypatch.setattr(engine, "disagreement", lambda *_: {})
-    model, loss, batch = ZOO["mlp"]()
+    model, loss, batch = first("mlp")
     assert error(measure(model, loss, batch), measure(model, loss, batch, "loop")) > 0.1
 
 
@@ -115,7 +116,7 @@ def test_proofs_come_at_powers_of_two_and_with_new_graphs(monkeypatch):
     proofs: list[int] = []
     proved = engine._Measurement._proved
     monkeypatch.setattr(engine._Measurement, "_proved", lambda self, *a: proofs.append(number) or proved(self, *a))
-    model, loss, (x, y) = ZOO["mlp"]()
+    model, loss, (x, y) = first("mlp")
     for number in range(1, 10):
         some = slice(0, 5 if number == 7 else 6)
         measure(model, loss, (x[some], y[some]))
@@ -265,7 +266,7 @@ def test_a_number_that_is_compared_sends_units_different_ways():
 
 @pytest.mark.parametrize("name", ["mlp", "weight_norm", "recurrent_layer_with_time_first"])
 def test_no_graph_outlives_its_measurement(name):
-    model, loss, batch = ZOO[name]()
+    model, loss, batch = first(name)
 
     def tensors() -> int:
         gc.collect()
@@ -280,7 +281,7 @@ def test_no_graph_outlives_its_measurement(name):
 
 
 def test_findings_go_with_their_module():
-    model, loss, batch = ZOO["mlp"]()
+    model, loss, batch = first("mlp")
     measure(model, loss, batch)
     assert findings_of(model, loss).graphs
     reference = __import__("weakref").ref(findings_of(model, loss))
@@ -297,7 +298,7 @@ def test_an_attribute_that_pytorch_renamed_costs_speed_only(attribute, monkeypat
         return getattr(node, name)
 
     monkeypatch.setattr(nodes, "_attribute", renamed)
-    model, loss, batch = ZOO["cnn"]()
+    model, loss, batch = first("cnn")
     assert error(measure(model, loss, batch, "auto"), measure(model, loss, batch, "loop")) < 1e-12
 
 
@@ -308,14 +309,14 @@ def test_functorch_has_the_names_that_are_read():
 def test_without_them_the_other_engines_measure(monkeypatch, caplog):
     monkeypatch.setattr(functorch, "MISSING", "torch 9 has renamed what the ghost engine reads of functorch")
     _say_once.cache_clear()
-    model, loss, batch = ZOO["mlp"]()
+    model, loss, batch = first("mlp")
     with caplog.at_level(logging.INFO, "lightning_gradconf"):
         assert used(model, loss, batch) == "vmap"
     assert "torch 9 has renamed" in caplog.text
 
 
 def test_gradients_that_are_not_finite_prove_nothing_and_are_no_refusal():
-    model, loss, (x, y) = ZOO["mlp"]()
+    model, loss, (x, y) = first("mlp")
     broken = x.clone()
     broken[2] = float("nan")
     for batch in ((broken, y), (x, y), (broken, y)):
@@ -326,7 +327,7 @@ def test_gradients_that_are_not_finite_prove_nothing_and_are_no_refusal():
 
 def test_gradients_in_float32_are_within_its_precision():
     for name in ("mlp", "cnn", "residual_block_with_groupnorm", "transformer_encoder", "transformer"):
-        model, loss, batch = ZOO[name]()
+        model, loss, batch = first(name)
         want = measure(model, loss, batch, "loop")
         x, *others = batch if isinstance(batch, tuple) else (batch,)
         narrow = (x.float(), *others) if others else x.float()
@@ -335,7 +336,7 @@ def test_gradients_in_float32_are_within_its_precision():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast(dtype):
-    model, _, (x, y) = ZOO["mlp"]()
+    model, _, (x, y) = first("mlp")
 
     def loss(module: nn.Module, batch: Any) -> Tensor:
         with torch.autocast("cpu", dtype):
@@ -368,7 +369,7 @@ def test_with_dropout_each_unit_has_masks_of_its_own():
 def test_a_refusal_for_lack_of_places_names_the_node(monkeypatch):
     monkeypatch.setattr(placement.Placement, "_outer", lambda *_: [])
     with pytest.raises(NotImplementedError, match=r"Backward0: no dimension of \(6, 1, 3\) holds 6 units"):
-        measure(*ZOO["mlp"]())
+        measure(*first("mlp"))
 
 
 def test_a_penalty_on_the_weights_forms_no_gradients():

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from gram.zoo.registry import Model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from zoo import Model
 
 from lightning_gradconf import gradient_gram
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from gram.zoo.registry import Model, mean_square
 from torch import Tensor, nn
-from zoo import Model, mean_square
 
 from lightning_gradconf import gradient_gram
 from lightning_gradconf.gram.ghost import nodes, rules

@@ -1,0 +1,281 @@
+"""What a loader makes of items of its dataset, one by one and in groups of our choice, and which items it takes.
+
+Nothing here iterates over a loader: an iterator of its own would draw from the random state, or restart its workers.
+Items are read from the dataset in the main process and go through the loader's own ``collate_fn``.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Final
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+)
+
+from lightning_gradconf.batches.placement import WHOLE, Placement, learn
+from lightning_gradconf.batches.structure import children, deep_copy_of, rebuild
+
+# Of a sampler that does not say how long it is, over data that do not either, no more is taken than this.
+_ENDLESS: Final = 10_000
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What a run trains on.
+
+    Attributes:
+        loaders: The training loader, or loaders nested in the lists and dictionaries that their batches come in.
+        prepare: What makes of a collated batch the one that the training step gets: on the device, in the precision of
+            the run, after the user's hooks.
+        isolated: ``isolated(loaders)`` is a context that puts back what reading items changes.
+        batches: How many there are in an epoch.
+        rank: The number of this process.
+        overfitted: How many batches, the first of the loader, are all that is trained on; None if it is all of them.
+    """
+
+    loaders: Any
+    prepare: Callable[[Any], Any] = lambda batch: batch
+    isolated: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+    batches: float = float("inf")
+    rank: int = 0
+    overfitted: int | None = None
+
+
+def loaders_in(structure: Any, path: str = WHOLE) -> dict[str, Any]:
+    """Return the loaders of a structure, each with the expression that leads to its part of a batch.
+
+    >>> loaders_in({"a": "loader", "b": ["other", "third"]})
+    {"batch['a']": 'loader', "batch['b'][0]": 'other', "batch['b'][1]": 'third'}
+    """
+    if not isinstance(structure, list | tuple | dict):
+        return {path: structure}
+    found: dict[str, Any] = {}
+    for key, child in children(structure):
+        found |= loaders_in(child, path + key)
+    return found
+
+
+def combined(structure: Any, batches: Iterator[Any]) -> Any:
+    """Return a batch of several loaders from the next batch of each."""
+    if not isinstance(structure, list | tuple | dict):
+        return next(batches)
+    return rebuild(structure, [combined(child, batches) for _, child in children(structure)])
+
+
+def has_items(loader: Any) -> bool:
+    """Return whether items of a loader can be read and collated."""
+    dataset = getattr(loader, "dataset", None)
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        return False
+    return callable(getattr(loader, "collate_fn", None)) and not _of_batches(loader)
+
+
+def read_items(loader: Any, indices: Sequence[Any]) -> list[Any]:
+    """Return items of the dataset, for `collate`."""
+    if _dataset_collates(loader):
+        return list(indices)
+    dataset = loader.dataset
+    if callable(at_once := getattr(dataset, "__getitems__", None)):
+        return list(at_once(list(indices)))
+    return [dataset[i] for i in indices]
+
+
+def collate(loader: Any, items: Sequence[Any]) -> Any:
+    """Return the batch that the loader makes of some items."""
+    if _dataset_collates(loader):
+        return loader.collate_fn(loader.dataset[list(items)])
+    return loader.collate_fn([deep_copy_of(item) for item in items])  # some take entries out of the items
+
+
+def batch_size(loader: Any) -> int | None:
+    """Return how many samples the loader puts in a batch; None if that is not fixed."""
+    for owner in (getattr(loader, "batch_sampler", None), loader, getattr(loader, "sampler", None)):
+        size = getattr(owner, "batch_size", None)
+        if isinstance(size, int) and not isinstance(size, bool):
+            return size
+    return None
+
+
+def samples_at(loader: Any, batch_idx: int) -> int | None:
+    """Return how many samples the loader's batch at an index has, fewer in the last one; None if that is not fixed."""
+    size, groups = batch_size(loader), _groups(loader)
+    if size is None or type(groups) is not BatchSampler:
+        return size
+    try:
+        batches, samples = len(groups), len(groups.sampler)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):  # of a stream
+        return size
+    return min(size, samples - size * (batch_idx % batches)) if batches else size
+
+
+def shares(loaders: Mapping[str, Any], unit_size: int, counts: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Return how many samples a unit has of each loader: ``unit_size`` of the one with the smallest batches.
+
+    Args:
+        loaders: The loaders, as of `loaders_in`.
+        unit_size: Samples in a unit.
+        counts: The samples of each in a batch, for loaders without a fixed batch size.
+
+    >>> from torch.utils.data import DataLoader
+    >>> shares({"labelled": DataLoader(range(8), batch_size=2), "other": DataLoader(range(8), batch_size=6)}, 1)
+    {'labelled': 1, 'other': 3}
+    """
+    if len(loaders) == 1:
+        return dict.fromkeys(loaders, unit_size)
+    sizes = {path: batch_size(loader) or (counts or {}).get(path, 1) for path, loader in loaders.items()}
+    least = min(sizes.values())
+    return {path: max(1, round(unit_size * size / least)) for path, size in sizes.items()}
+
+
+def learn_placement(loaders: Any, prepare: Callable[[Any], Any]) -> Placement | None:
+    """Return where samples lie in the batches of loaders, None if their items cannot be read or are too few.
+
+    Raises:
+        Exception: Samples do not lie side by side.
+    """
+    flat = list(loaders_in(loaders).values())
+    try:
+        items = [read_items(loader, _examples(loader)) for loader in flat]
+
+        def collated(some: Sequence[int], seed: int) -> Any:
+            seed_everything([seed])
+            parts = [collate(loader, [own[i] for i in some]) for loader, own in zip(flat, items, strict=True)]
+            return prepare(combined(loaders, iter(parts)))
+
+        collated([2], 0)
+    except Exception:  # of the user's dataset, which may work in its workers alone
+        return None
+    return learn(collated)
+
+
+def draw_indices(loader: Any, size: int | None, num: int) -> list[list[Any]]:
+    """Return up to ``num`` groups of indices drawn without replacement, from those that the loader's sampler takes.
+
+    A batch sampler of the user's own may keep samples together for a reason, such as their length: then the indices of
+    a group are of one of its batches.
+
+    Args:
+        loader: A loader of which `has_items` is true.
+        size: Indices in a group; None is as many as in a batch.
+        num: How many groups; fewer if there are not so many.
+    """
+    flat = _flat(loader)
+    if flat is None:
+        found = _batches(loader, size)
+        return random.sample(found, min(num, len(found)))
+    size = size or batch_size(loader) or 1
+    num = min(num, len(flat) // size)
+    indices = random.sample(flat, num * size)
+    return [indices[i * size : (i + 1) * size] for i in range(num)]
+
+
+def first_indices(loader: Any, size: int | None, num: int) -> list[list[Any]]:
+    """Return up to ``num`` groups of indices in the order of the loader; the arguments are those of `draw_indices`."""
+    flat = _flat(loader)
+    if flat is None:
+        return _batches(loader, size)[:num]
+    size = size or batch_size(loader) or 1
+    return [list(flat[i * size : (i + 1) * size]) for i in range(min(num, len(flat) // size))]
+
+
+def changes(loaders: Any) -> tuple[list[Any], list[Any]]:
+    """Return what reading items of loaders changes: containers, and what data are read from, large as they may be."""
+    containers: list[Any] = []
+    data: list[Any] = []
+    for loader in loaders_in(loaders).values():
+        data += [part for part in (getattr(loader, "dataset", None),) if hasattr(part, "__dict__")]
+        containers += [getattr(loader, name, None) for name in ("generator", "collate_fn")]
+        todo = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
+        while todo:
+            part = todo.pop()
+            if hasattr(part, "__dict__") and not any(vars(part) is known for known in containers):
+                containers.append(vars(part))
+                todo += [entry for entry in vars(part).values() if isinstance(entry, Sampler)]
+    return containers, data
+
+
+def seed_everything(seed: Sequence[int]) -> None:
+    """Make draws and augmentations depend on ``seed`` alone; the caller has remembered the random state."""
+    number = random.Random(",".join(map(str, seed))).getrandbits(32)
+    random.seed(number)
+    torch.manual_seed(number)
+    try:
+        import numpy as np
+    except ImportError:
+        return
+    np.random.seed(number)
+
+
+def _groups(loader: Any) -> Any:
+    """What yields the indices of whole batches: the batch sampler, or one that is handed in as ``sampler``."""
+    groups = getattr(loader, "batch_sampler", None)
+    return getattr(loader, "sampler", None) if groups is None else groups
+
+
+def _flat(loader: Any) -> Sequence[Any] | None:
+    """The indices that a loader takes, None where a batch sampler of the user's own puts them together."""
+    groups = _groups(loader)
+    if groups is None:  # a loader of the user's own
+        return range(len(loader.dataset))
+    if type(groups) is not BatchSampler:
+        return None
+    sampler: Any = groups.sampler
+    if type(sampler) in (RandomSampler, SequentialSampler):
+        return range(len(sampler.data_source))
+    return list(islice(sampler, _most(sampler, loader)))
+
+
+def _batches(loader: Any, size: int | None) -> list[list[Any]]:
+    """The indices of each batch, in groups of ``size``; whole, but for a short last one, if that is None."""
+    groups = _groups(loader)
+    found = [list(group) for group in islice(groups, _most(groups, loader))]
+    if size is None:
+        short = len(found) > 1 and len(found[-1]) < min(map(len, found[:-1]))
+        return found[:-1] if short else found
+    return [group[i : i + size] for group in found for i in range(0, len(group) - size + 1, size)]
+
+
+def _most(sampler: Any, loader: Any) -> int:
+    """How much to take of a sampler, which may be endless."""
+    sizes = []
+    for owner in (sampler, loader.dataset):
+        try:
+            sizes.append(len(owner))
+        except (TypeError, NotImplementedError):
+            continue
+    return min(sizes) if sizes else _ENDLESS
+
+
+def _examples(loader: Any) -> list[Any]:
+    """Three indices that tell where samples lie, from one batch if a sampler of the user's puts it together."""
+    if not has_items(loader):
+        raise ValueError("the loader has no dataset whose items can be read")
+    flat = _flat(loader)
+    if flat is None:
+        found = _batches(loader, None)
+        flat = next((group for group in found if len(group) > 2), [i for group in found for i in group])
+    if len(flat) < 3:
+        raise ValueError("the dataset is too small to tell where samples lie")
+    return [flat[0], flat[len(flat) // 2], flat[-1]]
+
+
+def _dataset_collates(loader: Any) -> bool:
+    """Whether the dataset is asked for all indices of a batch at once, without a batch sampler."""
+    return getattr(loader, "batch_sampler", loader) is None
+
+
+def _of_batches(loader: Any) -> bool:
+    """Whether an item of the dataset is a whole batch already."""
+    plain = (RandomSampler, SequentialSampler, DistributedSampler)
+    return _dataset_collates(loader) and isinstance(getattr(loader, "sampler", None), plain)

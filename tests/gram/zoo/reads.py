@@ -1,0 +1,509 @@
+"""Values that Python reads: stored, printed, compared, counted, and asked by libraries."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import deque
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchmetrics
+from gram.zoo.registry import (
+    Model,
+    case,
+    cross_entropy,
+    four,
+    inputs,
+    mean_square,
+    normal,
+    pairs,
+    two_layers,
+    until,
+)
+from torch import Tensor, nn
+
+
+@case
+def data_dependent_branch() -> Any:
+    """Python takes a branch by the value of a unit."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        return h.relu() if h.sum() > 0 else h.tanh()
+
+    return Model(forward, layer=nn.Linear(4, 3)), cross_entropy, pairs(4)
+
+
+@case
+def item_in_the_loss() -> Any:
+    """A number of the loss itself goes back into it, as a constant."""
+
+    def loss(module: nn.Module, x: Tensor) -> Tensor:
+        out = module(x).square().mean()
+        return out / (1 + out.item())
+
+    return nn.Linear(4, 3), loss, inputs(4)
+
+
+@case
+def counter_and_list_in_forward() -> Any:
+    """A list on the module grows with each forward pass."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.calls.append(self.layer(x).mean().item())
+        return self.layer(x)
+
+    return Model(forward, layer=nn.Linear(4, 3), calls=[]), mean_square, inputs(4)
+
+
+def stored(keep: Any) -> Any:
+    """Return a classifier whose loss hands itself and the outputs to ``keep(module, loss, outputs)``."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        out = module(batch[0])
+        found = F.cross_entropy(out, batch[1])
+        keep(module, found, out)
+        return found
+
+    model = two_layers()
+    model.kept = []
+    return model, loss, pairs(4)
+
+
+@case
+def item_stored() -> Any:
+    """``item()`` kept in a list and an attribute."""
+
+    def keep(module: Any, loss: Tensor, out: Tensor) -> None:
+        module.kept.append(loss.item())
+        module.last = out.mean().item()
+
+    return stored(keep)
+
+
+@case
+def item_in_a_deque() -> Any:
+    """``item()`` in a deque, of which nothing is computed."""
+    return stored(lambda module, loss, out: deque([0.0], maxlen=3).append(loss.item()))
+
+
+@case
+def item_in_a_text() -> Any:
+    """A loss printed in every way."""
+
+    def keep(module: Any, loss: Tensor, out: Tensor) -> None:
+        module.text = f"{loss.item():.3f} {loss:.3f} {loss} {loss!r} " + str(loss.item())
+        print(loss, out.mean().item(), file=io.StringIO())
+
+    return stored(keep)
+
+
+@case
+def float_stored() -> Any:
+    """``float(loss.detach())`` that is only kept."""
+    return stored(lambda module, loss, out: module.kept.append(float(loss.detach())))
+
+
+@case
+def numpy_stored() -> Any:
+    """``detach().cpu().numpy()`` of outputs and of the loss, only kept."""
+
+    def keep(module: Any, loss: Tensor, out: Tensor) -> None:
+        module.kept.append(loss.detach().cpu().numpy())
+        module.kept.append(out.detach().cpu().numpy())
+
+    return stored(keep)
+
+
+@case
+def list_stored() -> Any:
+    """``tolist()`` that is only kept."""
+    return stored(lambda module, loss, out: module.kept.extend(out.argmax(1).tolist()))
+
+
+@case
+def tensor_stored() -> Any:
+    """A detached tensor kept until the end of an epoch."""
+    return stored(lambda module, loss, out: module.kept.append((loss.detach(), out.detach().clone())))
+
+
+@case
+def running_mean_of_python() -> Any:
+    """Python adds up losses, for nobody but itself."""
+
+    def keep(module: Any, loss: Tensor, out: Tensor) -> None:
+        module.total = 0.9 * getattr(module, "total", 0.0) + 0.1 * loss.item()
+
+    return stored(keep)
+
+
+@case
+def accuracy_by_item() -> Any:
+    """A number of hits divided by the number of samples."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        out = module(batch[0])
+        module.accuracy = (out.argmax(1) == batch[1]).sum().item() / len(batch[1])
+        return F.cross_entropy(out, batch[1])
+
+    return two_layers(), loss, pairs(4)
+
+
+@case
+def guard_against_nan() -> Any:
+    """``if torch.isnan(loss): raise``."""
+
+    def keep(module: Any, loss: Tensor, out: Tensor) -> None:
+        if torch.isnan(loss) or not torch.isfinite(out).all():
+            raise ValueError("the loss is not finite")
+
+    return stored(keep)
+
+
+@case
+def guard_by_math() -> Any:
+    """``math.isnan(loss.item())`` and comparison of ``loss.item()`` with a bound."""
+
+    def keep(module: Any, loss: Tensor, out: Tensor) -> None:
+        if not math.isfinite(loss.item()) or loss.item() > 1e6:
+            raise ValueError("the loss is not finite")
+
+    return stored(keep)
+
+
+@case
+def guard_by_assert() -> Any:
+    """Assertions about outputs and classes."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        out = module(batch[0])
+        assert out.shape == (len(batch[0]), 3)
+        assert not out.isinf().any() and (batch[1] >= 0).all(), "bad batch"
+        assert batch[1].max() < 3 and out.dtype.is_floating_point and not out.is_sparse
+        return F.cross_entropy(out, batch[1])
+
+    return two_layers(), loss, pairs(4)
+
+
+@case
+def guard_that_returns_another_loss() -> Any:
+    """A loss that is not finite is replaced by zero, which never happens."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        found = cross_entropy(module, batch)
+        return found if torch.isfinite(found) else torch.zeros_like(found)
+
+    return two_layers(), loss, pairs(4)
+
+
+@case
+def normal_distribution() -> Any:
+    """torch.distributions.Normal, which validates its arguments."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        out = module(batch)
+        return -torch.distributions.Normal(out[:, :1], F.softplus(out[:, 1:2]) + 1e-3).log_prob(batch[:, :1]).mean()
+
+    return two_layers(), loss, inputs(4)
+
+
+@case
+def categorical_distribution() -> Any:
+    """torch.distributions.Categorical with an entropy."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        policy = torch.distributions.Categorical(logits=module(batch[0]), validate_args=True)
+        return -policy.log_prob(batch[1]).mean() - 0.01 * policy.entropy().mean()
+
+    return two_layers(), loss, pairs(4)
+
+
+@case
+def bernoulli_distribution() -> Any:
+    """torch.distributions.Bernoulli of probabilities, independent over features."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        found = torch.distributions.Independent(torch.distributions.Bernoulli(probs=module(batch).sigmoid()), 1)
+        return -found.log_prob((batch[:, :3] > 0).to(batch.dtype)).mean()
+
+    return two_layers(), loss, inputs(4)
+
+
+@case
+def multivariate_normal_distribution() -> Any:
+    """A distribution with a Cholesky factor, and a divergence of two distributions."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        out, eye = module(batch), torch.eye(3, dtype=batch.dtype)
+        found = torch.distributions.MultivariateNormal(out, scale_tril=eye * 2 + out[:, :1, None].tanh() * eye)
+        prior = torch.distributions.MultivariateNormal(torch.zeros_like(out), eye)
+        return torch.distributions.kl_divergence(found, prior).mean() - found.log_prob(batch[:, :3]).mean()
+
+    return two_layers(), loss, inputs(4)
+
+
+@case
+def mixture_of_normal_distributions() -> Any:
+    """A mixture, as of a mixture density network."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        out = module(batch).view(-1, 2, 3)
+        parts = torch.distributions.Normal(out[..., 0], out[..., 1].exp())
+        weights = torch.distributions.Categorical(logits=out[..., 2])
+        return -torch.distributions.MixtureSameFamily(weights, parts).log_prob(batch[:, 0]).mean()
+
+    return two_layers(out=6), loss, four(lambda: normal(4))
+
+
+@case
+def boolean_mask() -> Any:
+    """Values selected by a mask: as many as each unit has."""
+    return two_layers(), lambda module, x: module(x)[x[:, :3] > 0].square().sum(), inputs(4)
+
+
+@case
+def boolean_mask_written() -> Any:
+    """Values written where a mask says so, one for all and one for each."""
+
+    def loss(module: Any, x: Tensor) -> Tensor:
+        out = module(x).clone()
+        out[x[:, :3] > 1] = 0.5
+        return out.square().mean()
+
+    return two_layers(), loss, inputs(4)
+
+
+@case
+def masked_select_and_nonzero() -> Any:
+    """masked_select, nonzero, argwhere and where with one argument."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        x, y = batch
+        out = module(x)
+        rows, columns = torch.where(F.one_hot(y, 3) > 0)
+        chosen = F.one_hot(y, 3).nonzero()
+        total = out.masked_select(F.one_hot(y, 3) > 0).square().sum() + out[rows, columns].sum()
+        return total + out[chosen[:, 0], chosen[:, 1]].exp().mean()
+
+    return two_layers(), loss, pairs(4)
+
+
+@case
+def mask_that_selects_samples() -> Any:
+    """Samples of one class alone have a loss; a unit may have none."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        x, y = batch
+        return module(x)[y == 1].square().sum()
+
+    return two_layers(), loss, pairs(4)
+
+
+@case
+def count_of_a_mask() -> Any:
+    """``int(mask.sum())`` divides the loss."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(module(batch[0]), batch[1], reduction="sum") / (1 + int((batch[1] > 0).sum()))
+
+    return two_layers(), loss, pairs(4)
+
+
+@case
+def count_of_at_least_one() -> Any:
+    """``max(mask.sum().item(), 1)`` divides the loss."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        x, mask = batch
+        return (module(x).square().mean(-1) * mask).sum() / max(mask.sum().item(), 1)
+
+    batches = [(normal(5, 4), until([5, 2, 2, 5, 2, n]).double()) for n in (5, 2, 5, 0)]
+    return nn.Linear(4, 3), loss, batches
+
+
+def cut(shorten: Any) -> Any:
+    """Return a loss over sequences that ``shorten(inputs, lengths)`` cuts to the longest of the unit."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        return module(shorten(batch["x"], batch["lengths"])).square().mean()
+
+    lengths = [[5, 5, 5, 5, 5, 5], [5, 5, 3, 3, 3, 3], [2, 2, 3, 3, 5, 5], [4, 4, 4, 4, 5, 5]]
+    return nn.Linear(4, 3), loss, [{"x": normal(5, 4), "lengths": torch.tensor(each)} for each in lengths]
+
+
+@case
+def cut_by_a_slice() -> Any:
+    """A slice up to a tensor."""
+    return cut(lambda x, lengths: x[:, : lengths.max()])
+
+
+@case
+def cut_by_narrow() -> Any:
+    """narrow with a length that is read."""
+    return cut(lambda x, lengths: x.narrow(1, 0, int(lengths.max())))
+
+
+@case
+def cut_by_arange() -> Any:
+    """arange up to a tensor."""
+    return cut(lambda x, lengths: x.index_select(1, torch.arange(lengths.max())))
+
+
+@case
+def cut_by_a_loop() -> Any:
+    """``range`` over a length that is read."""
+    return cut(lambda x, lengths: torch.stack([x[:, i] for i in range(lengths.max().item())], 1))
+
+
+@case
+def lengths_in_a_list() -> Any:
+    """Lengths that are numbers of Python, in a list beside the tensors."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        return module(batch["x"][:, : max(batch["lengths"])]).square().mean()
+
+    lengths = [[5, 5, 5, 5, 5, 5], [5, 5, 3, 3, 3, 3], [2, 2, 3, 3, 5, 5], [4, 4, 4, 4, 5, 5]]
+    batches = [{"x": normal(5, 4), "lengths": each} for each in lengths]
+    return nn.Linear(4, 3), loss, batches
+
+
+@case
+def more_ways_than_passes() -> Any:
+    """Each unit is cut to a length of its own."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        return module(batch["x"][:, : int(batch["lengths"][0])]).square().mean()
+
+    batches = [{"x": normal(6, 4), "lengths": torch.arange(1, 7)} for _ in range(4)]
+    return nn.Linear(4, 3), loss, batches
+
+
+@case
+def everything_padded_or_nothing() -> Any:
+    """As in Hugging Face: ``if mask.all()`` leaves the mask out."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        x, mask = batch
+        if mask.all():
+            return module(x).square().mean()
+        return (module(x).square() * mask[..., None]).sum() / mask.sum()
+
+    return nn.Linear(4, 3), loss, [(normal(5, 4), until([5, 5, 5, 5, 3, n]).double()) for n in (5, 4, 2, 5)]
+
+
+@case
+def accuracy_of_torchmetrics() -> Any:
+    """A torchmetrics object with argument checks, updated in the step."""
+    metric = torchmetrics.classification.MulticlassAccuracy(num_classes=3)
+    return measured_by(metric, lambda metric, loss, out, y: metric(out, y))
+
+
+@case
+def collection_of_torchmetrics() -> Any:
+    """A MetricCollection, called and updated."""
+    metrics = [torchmetrics.classification.MulticlassF1Score(3), torchmetrics.classification.MulticlassAccuracy(3)]
+    metric = torchmetrics.MetricCollection(metrics)
+    return measured_by(metric, lambda metric, loss, out, y: (metric(out, y), metric.update(out.softmax(1), y)))
+
+
+@case
+def mean_of_torchmetrics() -> Any:
+    """A MeanMetric of the loss, which warns of and removes what is not finite."""
+    return measured_by(torchmetrics.MeanMetric(), lambda metric, loss, out, y: metric.update(loss, weight=len(y)))
+
+
+@case
+def function_of_torchmetrics() -> Any:
+    """The functional form, which checks its arguments."""
+    accuracy = torchmetrics.functional.classification.multiclass_accuracy
+    return measured_by(nn.Identity(), lambda metric, loss, out, y: accuracy(out, y, num_classes=3))
+
+
+def measured_by(metric: nn.Module, update: Any) -> Any:
+    """Return a classifier that has a metric."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        out = module(batch[0])
+        found = F.cross_entropy(out, batch[1])
+        update(module.metric, found.detach(), out.detach(), batch[1])
+        return found
+
+    return Model(lambda self, x: self.layers(x), layers=two_layers(), metric=metric), loss, pairs(4)
+
+
+@case
+def requires_grad_asked() -> Any:
+    """``if h.requires_grad`` decides what is added to the loss."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        out = module(batch[0])
+        found = F.cross_entropy(out, batch[1])
+        return found + out.square().mean() if out.requires_grad and out.grad_fn is not None else found
+
+    return two_layers(), loss, pairs(4)
+
+
+@case
+def shape_asked() -> Any:
+    """Sizes, devices and types are asked, and go back into the loss."""
+
+    def loss(module: Any, x: Tensor) -> Tensor:
+        out = module(x)
+        scale = out.numel() / out.size(0) + out.dim() + out.stride(-1) + len(out) + out.element_size()
+        return out.square().sum() / (scale if out.is_contiguous() and out.device == x.device else 1)
+
+    return two_layers(), loss, inputs(4)
+
+
+@case
+def loop_over_the_samples() -> Any:
+    """Python iterates over samples and features."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        total = torch.zeros((), dtype=batch[0].dtype)
+        for x, y in zip(*batch, strict=True):
+            first, *_ = module(x)
+            total = total + F.cross_entropy(module(x)[None], y[None]) + first.square()
+        return total / len(batch[0])
+
+    return two_layers(), loss, pairs(4)
+
+
+@case
+def branch_on_the_class() -> Any:
+    """The class of a sample decides about its loss, in Python."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        out = module(batch[0])
+        terms = [out[i].square().sum() if y == 1 else out[i].abs().sum() for i, y in enumerate(batch[1])]
+        return torch.stack(terms).mean()
+
+    return two_layers(), loss, [(x, torch.tensor([0, 0, 1, 1, 0, 0])) for x in inputs(4)]
+
+
+@case
+def unique_classes() -> Any:
+    """A mean over the classes that the unit has."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        x, y = batch
+        out = module(x)
+        return torch.stack([out[y == c].square().mean() for c in y.unique()]).mean()
+
+    return two_layers(), loss, [(x, torch.tensor([0, 1, 1, 0, 0, 1])) for x in inputs(4)]
+
+
+@case
+def unit_that_goes_its_own_way_alone() -> Any:
+    """One unit takes a branch by itself, and the weight is used transposed: its rows are joined with the others'."""
+
+    def loss(module: Any, x: Tensor) -> Tensor:
+        h = x @ module.weight.T
+        return (2 * h if x.sum() > 0 else h.tanh()).square().mean()
+
+    batches = [x.abs() * torch.tensor([1.0] * 3 + [-1.0] * 3)[:, None] for x in inputs(4)]
+    for x in batches:
+        x[:3] *= torch.tensor([1.0, -1.0, -1.0])[:, None]
+    return Model(lambda self: None, weight=nn.Parameter(torch.randn(4, 4))), loss, batches
