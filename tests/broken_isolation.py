@@ -37,9 +37,10 @@ TESTS = (
 )
 SELECTION = "not (epochs or fixed or batches)"  # the other ways of taking units are enough to notice
 
-ISOLATION, PROBE, OBJECTIVE, VMAP, UNITS, SESSION, LAYERS = (
+ISOLATION, PROBE, MANUAL, OBJECTIVE, VMAP, UNITS, SESSION, LAYERS = (
     "gram/module_state.py",
     "training/training_step.py",
+    "training/manual_optimization.py",
     "gram/objective.py",
     "gram/vmap.py",
     "batches/structure.py",
@@ -103,6 +104,17 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     "compiled code runs eagerly": (PROBE, 'torch.compiler.set_stance("force_eager")', "ExitStack()"),
     "the module's own hook": (PROBE, 'if not _is_overridden(module, "on_train_batch_start"):', "if True:"),
     "the precision plugin's context": (PROBE, "trainer.precision_plugin.train_step_context()", "ExitStack()"),
+    "steps of optimizers": (MANUAL, 'vars(optimizer)["step"] = self._step(i)', "pass"),
+    "other methods of optimizers": (MANUAL, "vars(optimizer)[name] = _do_nothing", "pass"),
+    "what stands in for methods of optimizers": (
+        MANUAL,
+        "stack.callback(restore_mapping, vars(optimizer),",
+        "0 and (0,",
+    ),
+    "gradient scalers": (MANUAL, "vars(scaler).update(unscale_=_do_nothing, update=_do_nothing)", "pass"),
+    "schedulers stepped by hand": (MANUAL, 'vars(scheduler)["step"] = _do_nothing', "pass"),
+    "backward passes": (MANUAL, "if func is Tensor.backward:", "if False:"),
+    "gradients changed by hand": (PROBE, "tensors = not module.automatic_optimization or any(", "tensors = any("),
     "copies of batches": (UNITS, "map_leaves(lambda leaf: leaf.clone() if", "map_leaves(lambda leaf: leaf if"),
     "copies of parameters": (
         OBJECTIVE,

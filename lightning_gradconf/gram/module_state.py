@@ -148,7 +148,9 @@ class _Memory:
         self.seen: dict[int, Any] = {}
         # Engines put copies in the place of the tensors registered here, but not of those in a list of the user's.
         self.swapped = {id(part) for part in module.modules()}
-        self.home = type(module).__module__.partition(".")[0]
+        packages = [base.__module__.partition(".")[0] for base in type(module).__mro__]
+        # fully_shard makes a class of its own; what it keeps is none of the user's.
+        self.home = next((package for package in packages if package not in ("torch", "builtins")), "")
 
     def remember(self, value: Any, path: str) -> None:
         """Keep how to put back ``value`` and of what it holds."""
@@ -220,6 +222,8 @@ class _Memory:
         watched.append(partial(restore_mapping, attributes, dict(attributes)))
         tensors = ("_parameters", "_buffers") if id(module) in self.swapped else ()
         for name, entry in attributes.items():
+            if name in _OF_EVERY_MODULE and "state_dict" in name:
+                continue  # fully_shard registers such hooks in its first pass, and never again
             empty = name in _OF_EVERY_MODULE and not entry
             if name in tensors or (empty and isinstance(entry, dict)):
                 self.seen[id(entry)] = entry

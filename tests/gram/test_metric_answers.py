@@ -183,7 +183,7 @@ def state(module):
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method", "ignore:.*No (positive|negative) samples")
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("engine", ["ghost", "loop", "vmap"])
 @pytest.mark.parametrize("kind", METRICS)
 def test_gradients_are_those_of_plain_autograd_and_metrics_are_as_before(kind, engine):
     torch.manual_seed(0)

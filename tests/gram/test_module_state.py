@@ -241,9 +241,10 @@ class Freezes(Base):
         return self.error(x)
 
 
+@pytest.mark.parametrize("engine", ["auto", "loop"])
 @pytest.mark.parametrize("unit_size", [1, 2])
 @pytest.mark.parametrize("kind", [Counts, Queue, Cached, Remembers, Lowest, Freezes])
-def test_each_unit_starts_from_the_same_state(kind, unit_size):
+def test_each_unit_starts_from_the_same_state(kind, unit_size, engine):
     torch.manual_seed(0)
     module, x = kind(), torch.randn(8, 5, dtype=torch.float64)
     for _ in range(2):  # a step, so that the state is not that of the first one
@@ -258,7 +259,7 @@ def test_each_unit_starts_from_the_same_state(kind, unit_size):
         rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
     expected = torch.stack(rows) @ torch.stack(rows).T
     for _ in range(2):
-        grams = gradient_gram(module, lambda module, x: module.loss(x), x, unit_size=unit_size, engine="loop")
+        grams = gradient_gram(module, lambda module, x: module.loss(x), x, unit_size=unit_size, engine=engine)
         torch.testing.assert_close(sum(grams.values()), expected, rtol=1e-10, atol=1e-12)
 
 

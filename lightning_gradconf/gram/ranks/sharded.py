@@ -10,7 +10,7 @@ upon between passes is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import distributed as dist
 from lightning_gradconf.batches.units import copy_of
 from lightning_gradconf.gram.blockwise import Progress, Rows, blockwise, least, plan, repeatable
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
+from lightning_gradconf.gram.module_state import rewinder
 from lightning_gradconf.gram.objective import Objective, as_rows, checked, empty_rows, run_backward, sizes
 from lightning_gradconf.gram.ranks.data_parallel import agreed_budget
 from lightning_gradconf.gram.ranks.process_group import Ranks
@@ -77,8 +78,15 @@ def gram_of_units(
     n = len(units)
     shards = sizes(_largest_shard(p) for p in target.parameters.values())
     made = plan(n, shards, agreed_budget(ranks, memory_budget, least(shards)), chunk_size=1)
-    compute = repeatable(lambda some: _gradients(ranks, target, some), units, made)
-    with MeasurementMode(running_statistics=unit_size == 1, dropout=dropout), _apart(target.module):
+    mode = MeasurementMode(running_statistics=unit_size == 1, dropout=dropout)
+    with mode, _apart(target.module) as put_back:
+
+        def gradients(some: Sequence[Any]) -> Rows:
+            rows = _gradients(ranks, target, some)
+            put_back()
+            return rows
+
+        compute = repeatable(gradients, units, made)
         grams = blockwise(n, lambda i, j: ranks.on_all(lambda: compute(i, j)), made, progress=progress)
     return ranks.add_up(grams)
 
@@ -99,14 +107,25 @@ def _gradients(ranks: Ranks, target: Objective, units: Sequence[Any]) -> Rows:
 
 
 @contextmanager
-def _apart(module: nn.Module) -> Iterator[None]:
-    """Within this context the parameters have no gradients; theirs, and the buffers, are put back in the end."""
+def _apart(module: nn.Module) -> Iterator[Callable[[], None]]:
+    """Within this context the parameters have no gradients; theirs, and the buffers, are put back in the end.
+
+    Yields what puts the buffers and the Python state of the module back, to be called between units.
+    """
     held = [(p, p.grad) for p in module.parameters()]
     buffers = [(b, b.detach().clone()) for b in module.buffers()]
+    rewind = rewinder(module)
+
+    def put_back() -> None:
+        rest(module)
+        rewind()
+        for buffer, saved in buffers:
+            buffer.data.copy_(saved)
+
     for p, _ in held:
         p.grad = None
     try:
-        yield
+        yield put_back
     except BaseException:
         _forget_pass(module)
         raise
