@@ -30,10 +30,15 @@ class Overhead:
         self._measuring = 0.0
 
     def start(self) -> None:
-        """Begin to take the time of a measurement."""
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)  # steps that are still queued are not part of it
+        """Begin to take the time of a measurement, should there be one."""
         self._started = perf_counter()
+
+    def wait_for_steps(self) -> None:
+        """Wait for steps that an accelerator still has to compute; that time is not the measurement's."""
+        if self._device.type != "cpu":
+            began = perf_counter()
+            torch.accelerator.synchronize(self._device)
+            self._started += perf_counter() - began
 
     def elapsed(self) -> float:
         """Return the seconds since the measurement began."""

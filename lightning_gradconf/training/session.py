@@ -141,6 +141,7 @@ class Session:
         if not self.active or only_refreshes_statistics(self.trainer):
             return False
         due = self.schedule.is_due(self.trainer)
+        self.overhead.start()
         self.source.see(feed_of(self.trainer, self.module), batch, batch_idx, due)
         if not due:
             return False
@@ -155,12 +156,14 @@ class Session:
             return False
         step, ends = logging_step(self.trainer), self.schedule.is_due_after(self.trainer)
         self.last_batch = None if ends else (batch, batch_idx, step)  # an end is measured once
+        self.overhead.start()
         return ends and step != self.schedule.last_step and self._is_wanted()
 
     def is_due_at_end_of_epoch(self) -> bool:
         """Return whether the end of an epoch is still to be measured, as it did not come with a batch."""
         if not self.active or self.last_batch is None or not self.schedule.is_due_at_end_of_epoch(self.trainer):
             return False
+        self.overhead.start()
         return self.last_batch[2] != self.schedule.last_step and self._is_wanted()
 
     def _is_wanted(self) -> bool:
@@ -185,7 +188,7 @@ class Session:
             batch_idx: Its index.
             step: The step that it is logged at.
         """
-        self.overhead.start()
+        self.overhead.wait_for_steps()
         try:
             measurements = measured_or_collated(self, batch, batch_idx, step)
         except Exception as error:
