@@ -252,7 +252,7 @@ def test_each_logger_gets_what_it_can_show(everywhere):
         assert history[-1].value == pytest.approx(value)
     assert mlflow.experiment.get_metric_history(mlflow.run_id, f"{PREFIX}/min_cosine.weight")
     listed = {artifact.path for artifact in mlflow.experiment.list_artifacts(mlflow.run_id, PREFIX)}
-    assert listed == {f"{PREFIX}/{name}" for name in (*FIGURES, "top_pairs")}
+    assert listed == {f"{PREFIX}/{name}" for name in (*FIGURES, "settings", "top_pairs")}
 
     summary = everywhere["wandb"].experiment.summary
     for name, value in everywhere["last"].items():

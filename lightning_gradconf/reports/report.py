@@ -17,6 +17,7 @@ from lightning_gradconf import plots
 from lightning_gradconf.batches.draws import Origin
 from lightning_gradconf.reports.custom_scalars import add_band
 from lightning_gradconf.reports.loggers import kind, show_cosines, show_figure, show_table
+from lightning_gradconf.reports.settings import Settings
 from lightning_gradconf.statistics import cosine_matrix, gradient_statistics, min_cosine, pairwise_cosines
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class Report:
     figures: bool
     top_pairs: int
     prefix: str
+    compared: Settings | None = None  # what the last measurement compared, once it was logged
     _steps: list[int] = field(default_factory=list)
     _of_layers: dict[str, list[float]] = field(default_factory=dict)
 

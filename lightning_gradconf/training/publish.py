@@ -11,6 +11,7 @@ from lightning_gradconf.gram.select import in_words
 from lightning_gradconf.reports.custom_scalars import add_page
 from lightning_gradconf.reports.loggers import kind, log_numbers
 from lightning_gradconf.reports.report import Measurement, Pair
+from lightning_gradconf.reports.settings import Settings, show_settings
 from lightning_gradconf.training.compat import add_metrics, warn_here
 
 if TYPE_CHECKING:
@@ -27,10 +28,8 @@ def publish(session: Session, measurement: Measurement, statistics: dict[str, fl
     metrics = {f"{prefix}/{name}": value for name, value in statistics.items()}
     for layer, value in report.of_layers(measurement).items():
         metrics[f"{prefix}/min_cosine/{layer}"] = value
-    if not bool(measurement.gram.isfinite().all()):
-        session.warn_once(
-            "a gradient is not finite; such measurements are logged as NaN.", f" First at step {measurement.step}."
-        )
+    if measurement.fault:
+        session.warn_once(measurement.fault, f" First at step {measurement.step}.")
     in_bar = [key for key in (f"{prefix}/min_cosine",) if settings.prog_bar and key in metrics]
     add_metrics(trainer, {key: torch.tensor(value, device=module.device) for key, value in metrics.items()}, in_bar)
     loggers: list[Any] = trainer.loggers
@@ -42,6 +41,12 @@ def publish(session: Session, measurement: Measurement, statistics: dict[str, fl
         for logger in loggers:
             with session.logging():
                 report.show(logger, measurement, figures, pairs)
+        compared = Settings(len(measurement.gram), measurement.unit_size, measurement.engine)
+        if compared != report.compared:  # at first, and when `auto` falls back
+            report.compared = compared
+            for logger in loggers:
+                with session.logging():
+                    show_settings(logger, prefix, compared, measurement.step)
 
 
 def publish_again(session: Session, statistics: dict[str, float]) -> None:
