@@ -33,6 +33,7 @@ TESTS = (
     "test_no_trace.py::test_warnings_and_prints_of_the_step_appear_as_often_as_without",
     "test_no_trace.py::test_cosines_under_mixed_precision_are_close_to_those_in_float32",
     "test_no_trace.py::test_run_is_bitwise_the_run_without",
+    "training/test_silence.py",
     "test_faults.py",
 )
 SELECTION = "not (epochs or fixed or batches)"  # the other ways of taking units are enough to notice
