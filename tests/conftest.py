@@ -22,3 +22,6 @@ def time_stands_still(monkeypatch):
     """The steps of these toy runs take less time than a measurement, so that intervals would be stretched."""
     if "lightning_gradconf.callback" in sys.modules:
         monkeypatch.setattr("lightning_gradconf.training.overhead.perf_counter", lambda: 0.0)
+
+
+collect_ignore_glob = ["gram/zoo/*.py"]  # cases, without doctests; they register themselves when they are imported

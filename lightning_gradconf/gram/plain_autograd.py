@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_gradconf.gram import loop
+from lightning_gradconf.gram.ghost import graph as graphs
 from lightning_gradconf.gram.objective import Objective
 
 # A unit alone takes other kernels than a unit among others: error of a parameter's gradient, and of the largest one.
 _TOLERANCES = {torch.float64: (1e-7, 1e-9), torch.float32: (2e-2, 1e-3)}
 _HALF_PRECISION = (0.3, 0.05)
+_CONDITION = 8  # times what rounding the parameters changes, as in a layer before a BatchNorm over two samples
 
 
 def disagreement(
@@ -25,18 +28,42 @@ def disagreement(
         objective: What was differentiated.
         unit: The unit.
         gradients: What an engine found for it, ``(numel,)`` by parameter.
-        precision: The least precise type of any tensor between parameters and loss.
+        precision: The least precise type that the engine computed in. Plain autograd may go through another one:
+            autocast casts for fewer operations under vmap.
     """
+    kinds = {precision}
+
+    def loss_fn(module: Any, batch: Any) -> Tensor:
+        loss = objective.loss_fn(module, batch)
+        kinds.update(graphs.precisions(loss.grad_fn))
+        return loss
+
     before = torch.get_rng_state()
-    rows = loop.unit_gradients(objective, [unit])
+    rows = loop.unit_gradients(replace(objective, loss_fn=loss_fn), [unit])
     if not torch.equal(before, torch.get_rng_state()):
         return {}  # the loss draws random numbers, and drew others
+    precision = max(kinds, key=lambda kind: torch.finfo(kind).eps)
     own, of_largest = _TOLERANCES.get(precision, _HALF_PRECISION)
     norms = {name: float(row.norm()) for name, row in rows.items()}
     errors = {name: float((row[0] - gradients[name]).norm()) for name, row in rows.items()}
-    allowed = of_largest * max(norms.values())
-    wrong = [name for name, error in errors.items() if error > own * norms[name] + allowed]
-    return {name: errors[name] / max(norms[name], 1e-300) for name in wrong}
+    allowed = {name: own * norm + of_largest * max(norms.values()) for name, norm in norms.items()}
+    if any(errors[name] > allowed[name] for name in errors):
+        moved = loop.unit_gradients(_rounded(objective, precision), [unit])
+        allowed = {name: allowed[name] + _CONDITION * float((moved[name] - row).norm()) for name, row in rows.items()}
+    return {name: error / max(norms[name], 1e-300) for name, error in errors.items() if error > allowed[name]}
+
+
+def _rounded(objective: Objective, precision: torch.dtype) -> Objective:
+    """Return the objective at parameters that differ by rounding: what moves a gradient then is not known better."""
+    generator = torch.Generator().manual_seed(0)
+    epsilon = torch.finfo(precision).eps
+    parameters: dict[str, Any] = {
+        name: p.detach() * (1 + epsilon * torch.randn(p.shape, generator=generator).to(p))
+        if p.is_floating_point()
+        else p
+        for name, p in objective.parameters.items()
+    }
+    return replace(objective, parameters=parameters)
 
 
 def in_words(errors: Mapping[str, float]) -> str:

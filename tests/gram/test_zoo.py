@@ -136,7 +136,6 @@ CAST = [
     "attention_with_weights_and_padding",
     "weight_shared_by_two_layers",
     "contrastive_loss",
-    "cross_entropy_with_everything",
     "mean_over_tokens_that_are_not_padding",
     "embedding",
     "tied_embedding_and_head",
@@ -168,18 +167,25 @@ def as_floats(case: Case) -> Case:
     return case._replace(module=case.module.float(), batches=[cast(batch, torch.float32) for batch in case.batches])
 
 
-@pytest.mark.parametrize("unit_size", UNIT_SIZES)
+# Over two samples, a BatchNorm gives one and minus one whatever the data, and gradients before it are rounding.
+OF_TWO = {"batchnorm", "checkpoint_with_reentry", "checkpoint_without_reentry"}
+CAST_SIZES = [(name, k) for name in CAST for k in UNIT_SIZES if k != 2 or name not in OF_TWO]
+
+
+@pytest.mark.parametrize(("name", "unit_size"), CAST_SIZES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", CAST)
 def test_under_autocast(name: str, dtype: torch.dtype, unit_size: int) -> None:
-    """At the precision of the type, beside a loop under the same autocast."""
+    """As near to float64 as a loop under the same autocast is."""
+    truths: list[Grams] = []
+    expected(ZOO[name](), unit_size, lambda measurement, batch, want: truths.append(want))
     case = under_autocast(ZOO[name](), dtype)
 
-    def measured(measurement: int, batch: Any, want: Grams) -> None:
+    def measured(measurement: int, batch: Any, loop: Grams) -> None:
         got, engine = measure(case.module, case.loss_fn, batch, unit_size)
         assert engine == "ghost"
         assert all(gram.dtype == torch.float32 for gram in got.values())
-        assert error(got, want) < 8 * torch.finfo(dtype).eps
+        truth = truths[measurement]
+        assert error(got, truth) < 2 * error(loop, truth) + 8 * torch.finfo(dtype).eps
 
     expected(case, unit_size, measured)
 

@@ -27,11 +27,11 @@ from lightning_gradconf.gram.ghost import lstm
 from lightning_gradconf.gram.ghost.accumulator import Accumulator
 from lightning_gradconf.gram.ghost.factors import Dense, GradientFactors, gram_of_sum, joined, reordered
 from lightning_gradconf.gram.ghost.graph import Graph
-from lightning_gradconf.gram.ghost.nodes import dtypes, shapes
+from lightning_gradconf.gram.ghost.nodes import shapes
 from lightning_gradconf.gram.ghost.search import search
 from lightning_gradconf.gram.ghost.unit_losses import Forward, forward
 from lightning_gradconf.gram.ghost.value_reads import UnitsDiffer
-from lightning_gradconf.gram.ghost.verify import Proof, random_weights
+from lightning_gradconf.gram.ghost.verify import SCALE, Proof, random_weights
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.memory_budget import megabytes
 from lightning_gradconf.gram.module_state import rewinder
@@ -205,16 +205,15 @@ class _Measurement:
         losses, places = forward.losses, Places()
         number = self.findings.measurements
         weights = random_weights(losses, number)
-        targets = [leaf for _, leaf in graph.leaves]
-        gradients = run_backward(losses, targets, keep_graph=True, seed=weights) if targets else ()
-        wanted = dict(zip(map(id, targets), gradients, strict=True))
-        kinds = {dtype for node in graph.order for dtype in dtypes(node) if dtype.is_floating_point}
-        precision = max(kinds, key=lambda dtype: torch.finfo(dtype).eps)
+        wanted = _gradients(losses, graph, weights)
+        precision = max(graphs.precisions(losses.grad_fn), key=lambda kind: torch.finfo(kind).eps)
         for _ in range(_ATTEMPTS):
             proof = Proof(weights, wanted, number % len(self.units), precision)
             found = self._accumulator(graph, places, proof)
             _run(losses, graph, found, keep_graph=True)
-            failed = proof.failures()
+            if failed := proof.failures():
+                again = _gradients(losses, graph, SCALE * weights)
+                failed = proof.failures(again)
             if not failed and not found.missing:
                 break
             if not search(losses, graph, weights, failed.keys() | found.missing.keys(), places):
@@ -247,6 +246,13 @@ class _Measurement:
             "The loop measures it: one autograd pass a unit."
         )
         raise RuntimeError(self.findings.refused)
+
+
+def _gradients(losses: Tensor, graph: Graph, seed: Tensor) -> dict[int, Tensor | None]:
+    """Return PyTorch's own gradients of the weighted losses, by the id of the leaf."""
+    targets = [leaf for _, leaf in graph.leaves]
+    gradients = run_backward(losses, targets, keep_graph=True, seed=seed) if targets else ()
+    return dict(zip(map(id, targets), gradients, strict=True))
 
 
 def _run(losses: Tensor, graph: Graph, accumulator: Accumulator, *, keep_graph: bool) -> None:

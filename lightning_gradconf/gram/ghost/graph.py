@@ -12,10 +12,11 @@ from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lightning_gradconf.gram.ghost.nodes import saved, shapes, unpacks, variable
+from lightning_gradconf.gram.ghost.nodes import dtypes, saved, shapes, unpacks, variable
 
 # How the entries of a free tensor lie compared with its parameter: in the same order, as the transposed matrix, or in
 # some other order. In all three cases inner products are those of the parameter.
@@ -154,6 +155,12 @@ def shape(edge: Edge) -> tuple[int, ...]:
 def leaves(root: Node | None) -> list[Tensor]:
     """Return the leaves that a graph ends at."""
     return [leaf for node in _leaves_first(root) if (leaf := variable(node)) is not None]
+
+
+def precisions(root: Node | None) -> set[torch.dtype]:
+    """Return the floating-point types of all results in a graph."""
+    kinds = {kind for node in _leaves_first(root) if variable(node) is None for kind in dtypes(node)}
+    return {kind for kind in kinds if kind.is_floating_point}
 
 
 def _leaves_first(root: Node | None) -> list[Node]:

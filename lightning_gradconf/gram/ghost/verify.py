@@ -24,6 +24,9 @@ from lightning_gradconf.gram.objective import as_rows
 _OWN, _LARGEST = 500, 20
 # The same for types of half precision, which round each entry of a sum of their own.
 _OWN_HALF, _LARGEST_HALF = 16, 1
+# By how much more than two of PyTorch's own passes they may differ, and the scale of the second: no power of two.
+_NOISE = 8
+SCALE = 1.37
 
 
 @dataclass
@@ -38,6 +41,7 @@ class Proof:
 
     Attributes:
         row: The gradient of that unit, by parameter.
+        leaves: The leaves of each parameter in the graph.
         unproved: Uses that had no gradient, or one that fits several places.
         errors: For each parameter the norm of the difference, and the larger norm of the two sides.
     """
@@ -47,6 +51,7 @@ class Proof:
     unit: int
     precision: torch.dtype
     row: dict[str, Tensor] = field(default_factory=dict)
+    leaves: dict[str, Sequence[Tensor]] = field(default_factory=dict)
     unproved: set[int] = field(default_factory=set)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
 
@@ -71,19 +76,34 @@ class Proof:
         known = [gradient for tensor in leaves if (gradient := self.wanted[id(tensor)]) is not None]
         want = sum((as_rows(gradient, 1)[0] for gradient in known), torch.zeros_like(got))
         self.row[name] = row
+        self.leaves[name] = leaves
         self.errors[name] = float((got - want).norm()), max(float(got.norm()), float(want.norm()))
 
-    def failures(self) -> dict[str, float]:
-        """Return the parameters that failed, each with its relative error."""
+    def failures(self, again: Mapping[int, Tensor | None] | None = None) -> dict[str, float]:
+        """Return the parameters that failed, each with its relative error.
+
+        Args:
+            again: PyTorch's own gradients of the losses weighted with `SCALE` times the weights. They differ from
+                `SCALE` times the wanted ones by rounding alone, which says what a parameter's gradient is known to: a
+                layer before a BatchNorm may have one that is rounding itself.
+        """
         half = self.precision in (torch.bfloat16, torch.float16)
         own, of_largest = (_OWN_HALF, _LARGEST_HALF) if half else (_OWN, _LARGEST)
         epsilon = torch.finfo(self.precision).eps
         largest = max((size for _, size in self.errors.values() if size < float("inf")), default=0.0)
-        return {
-            name: error / max(size, 1e-300)
-            for name, (error, size) in self.errors.items()
-            if error > epsilon * (own * size + of_largest * largest)
-        }
+        failed = {}
+        for name, (error, size) in self.errors.items():
+            allowed = epsilon * (own * size + of_largest * largest)
+            if error > allowed and again is not None:
+                allowed += _NOISE * self._noise(name, again)
+            if error > allowed:
+                failed[name] = error / max(size, 1e-300)
+        return failed
+
+    def _noise(self, name: str, again: Mapping[int, Tensor | None]) -> float:
+        pairs = [(again[id(leaf)], self.wanted[id(leaf)]) for leaf in self.leaves[name]]
+        differences = [a / SCALE - b for a, b in pairs if a is not None and b is not None]
+        return float(sum(float(difference.to_dense().norm()) for difference in differences))
 
 
 def random_weights(like: Tensor, seed: int) -> Tensor:

@@ -74,7 +74,6 @@ NOT_YET: dict[str, tuple[int, ...]] = {}
 VMAP_CANNOT = set(
     [
         "accuracy_by_item",
-        "accuracy_of_torchmetrics",
         "adversarial_and_gradient_reversal",
         "adversarial_step",
         "backward_hook_of_a_module",
@@ -88,12 +87,10 @@ VMAP_CANNOT = set(
         "checkpoint_with_reentry",
         "checkpoint_without_reentry",
         "checkpoints_of_a_sequence",
-        "collection_of_torchmetrics",
         "connectionist_temporal_classification",
         "count_of_a_mask",
         "count_of_at_least_one",
         "counter_and_list_in_forward",
-        "counter_that_scales",
         "cross_entropy_of_probabilities",
         "custom_autograd_function",
         "custom_function_with_a_parameter",
@@ -129,7 +126,6 @@ VMAP_CANNOT = set(
         "lstm_with_a_projection",
         "mask_that_selects_samples",
         "masked_select_and_nonzero",
-        "mean_of_torchmetrics",
         "more_ways_than_passes",
         "moving_average_in_a_buffer",
         "numpy_stored",
