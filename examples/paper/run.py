@@ -59,7 +59,7 @@ def train(run: Run, folder: str | None = None) -> dict[str, Any]:
     confusion = GradientConfusionCallback(
         **when, source="fresh", num_units=run.num_units, unit_size=run.unit_size, seed=run.seed
     )
-    history = History(confusion)
+    history = History(confusion, run.epochs)
     trainer = pl.Trainer(
         max_epochs=run.epochs or 1,
         max_steps=-1 if run.epochs else 1,
@@ -76,7 +76,7 @@ def train(run: Run, folder: str | None = None) -> dict[str, Any]:
     assert confusion.last_gram is not None
     return {
         "run": asdict(run),
-        "rows": history.rows if run.epochs else history.rows[:1],
+        "rows": history.rows,
         "cosines": [round(cosine, 4) for cosine in pairwise_cosines(confusion.last_gram).tolist()],
         "accuracy": accuracy(net, dataset.test_images, dataset.test_labels) if run.epochs else math.nan,
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
@@ -103,10 +103,10 @@ class Classifier(pl.LightningModule):
 
 
 class History(pl.Callback):
-    """One row an epoch; stands after the callback whose measurements it keeps."""
+    """One row an epoch, after one of the initialisation; stands after the callback whose measurements it keeps."""
 
-    def __init__(self, confusion: GradientConfusionCallback) -> None:
-        self.confusion = confusion
+    def __init__(self, confusion: GradientConfusionCallback, epochs: int) -> None:
+        self.confusion, self.epochs = confusion, epochs
         self.rows: list[dict[str, float]] = []
         self.losses: list[Tensor] = []
         self.last_gram: Tensor | None = None
@@ -121,6 +121,8 @@ class History(pl.Callback):
         self.losses.append(outputs["loss"].detach())
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not self.epochs:
+            return
         loss = float(torch.stack(self.losses).mean())
         self.losses.clear()
         self._record(loss)

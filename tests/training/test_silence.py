@@ -79,7 +79,7 @@ def test_records_of_the_step_are_as_many_as_without(caplog):
 
 
 def test_other_threads_and_this_package_are_heard(caplog):
-    with caplog.at_level(logging.INFO), without_logging():
+    with caplog.at_level(logging.INFO), caplog.at_level(logging.INFO, "lightning_gradconf"), without_logging():
         logging.getLogger("mine").error("dropped")
         logging.getLogger("lightning_gradconf").info("kept")
         thread = threading.Thread(target=lambda: logging.getLogger("mine").error("of a thread"))
