@@ -64,9 +64,9 @@ def budget_for(module: nn.Module, gradients: float) -> int:
 
 
 @settings(deadline=None)
-@given(n=st.integers(2, 200), room=st.integers(2, 250), chunk_size=st.none() | st.integers(1, 40))
-def test_plans_fit_and_cover_every_pair_once(n, room, chunk_size):
-    made = plan(n, [60, 40], room * 100 + 60, chunk_size)
+@given(n=st.integers(2, 200), room=st.integers(2, 250), at_once=st.none() | st.integers(1, 40))
+def test_plans_fit_and_cover_every_pair_once(n, room, at_once):
+    made = plan(n, [60, 40], room * 100 + 60, at_once)
     if made.block < n:
         assert made.block + made.chunk + (made.chunk > 1) <= room
         assert made.block % made.chunk == 0

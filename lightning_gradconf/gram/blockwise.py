@@ -32,7 +32,7 @@ class Plan(NamedTuple):
     passes: int
 
 
-def plan(n: int, sizes: Sequence[int], budget: int | None, chunk_size: int | None = None) -> Plan:
+def plan(n: int, sizes: Sequence[int], budget: int | None, at_once: int | None = None) -> Plan:
     """Return how to make the Gram of ``n`` gradients within ``budget`` bytes.
 
     Where an ordinary pass holds the parameters' gradients, engines hold copies of the parameters; beside these they
@@ -42,7 +42,7 @@ def plan(n: int, sizes: Sequence[int], budget: int | None, chunk_size: int | Non
         n: How many gradients.
         sizes: The bytes of each parameter's gradient.
         budget: None is without bound.
-        chunk_size: How many gradients are computed at once; None is as many as fit well.
+        at_once: How many gradients are computed at once; None is as many as fit well.
 
     Raises:
         ValueError: The budget has no room for two gradients.
@@ -53,14 +53,14 @@ def plan(n: int, sizes: Sequence[int], budget: int | None, chunk_size: int | Non
     size, largest = sum(sizes), max(sizes)
     room = n + 1 if budget is None else (budget - largest) // max(1, size)
     if room > n:
-        return Plan(n, min(chunk_size or n, n), n)
+        return Plan(n, min(at_once or n, n), n)
     if room < 2:
         raise ValueError(
             f"a memory budget of {megabytes(budget or 0)} has no room for two gradients of {megabytes(size)}, which it "
             f"takes to compare them; allow {megabytes(least(sizes))}, measure fewer parameters (parameters=), or use "
             "engine='ghost', which holds none where it applies"
         )
-    chunk = min(chunk_size or max(1, room // 8), max(1, room // 3))
+    chunk = min(at_once or max(1, room // 8), max(1, room // 3))
     block = (room - chunk - (chunk > 1)) // chunk * chunk
     made = Plan(block, chunk, sum(n - start for start in range(0, n, block)))
     _say_once(n, size, made)

@@ -77,7 +77,7 @@ def gram_of_units(
     """
     n = len(units)
     shards = sizes(_largest_shard(p) for p in target.parameters.values())
-    made = plan(n, shards, agreed_budget(ranks, memory_budget, least(shards)), chunk_size=1)
+    made = plan(n, shards, agreed_budget(ranks, memory_budget, least(shards)), at_once=1)
     mode = MeasurementMode(running_statistics=unit_size == 1, dropout=dropout)
     with mode, _apart(target.module) as put_back:
 
