@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,24 +130,20 @@ def _measured(
                 rows = loop.unit_gradients(objective, some)
             yield _Group(indices, {}, {name: [Dense(row)] for name, row in rows.items()})
             continue
+        measurement = _Measurement(objective, leaves, some, mode, findings, budget, keep or passes > 1, rewind)
         try:
-            losses = forward(objective, leaves, some, mode, findings.writes)
+            first = measurement.forward()
         except UnitsDiffer as differ:
-            rewind()
             ways: dict[Hashable, list[int]] = defaultdict(list)
             for i, value in zip(indices, differ.values, strict=True):
                 ways[value].append(i)
             waiting += ways.values()
             passes += len(ways) - 1
             continue
-        rewind()
-        measurement = _Measurement(objective, leaves, some, mode, findings, budget, keep or passes > 1)
-        found = measurement.accumulated(losses, proves)
+        found = measurement.accumulated(first, proves)
         if found.surprises:  # a use that was never proved
-            losses = forward(objective, leaves, some, mode, findings.writes)
-            rewind()
-            found = measurement.accumulated(losses, proves=True)
-        del losses
+            found = measurement.accumulated(measurement.forward(), proves=True)
+        del first
         yield _Group(indices, found.grams, found.factors)
 
 
@@ -162,6 +158,14 @@ class _Measurement:
     findings: Findings
     budget: int | None
     keep: bool
+    rewind: Callable[[], None]
+
+    def forward(self) -> Forward:
+        """Return the losses of the units, from the module's state before the measurement."""
+        try:
+            return forward(self.objective, self.leaves, self.units, self.mode, self.findings.writes)
+        finally:
+            self.rewind()
 
     def accumulated(self, forward: Forward, proves: bool) -> Accumulator:
         """Return what a backward pass from the losses brings, proved if that is due."""
@@ -202,32 +206,42 @@ class _Measurement:
 
     def _proved(self, forward: Forward, graph: Graph) -> tuple[Accumulator, Places | None]:
         """Return what was found and proved, and where the units lie; None if it cannot be proved this time."""
-        losses, places = forward.losses, Places()
-        number = self.findings.measurements
-        weights = random_weights(losses, number)
-        wanted = _gradients(losses, graph, weights)
-        precision = max(graphs.precisions(losses.grad_fn), key=lambda kind: torch.finfo(kind).eps)
-        for _ in range(_ATTEMPTS):
-            proof = Proof(weights, wanted, number % len(self.units), precision)
-            found = self._accumulator(graph, places, proof)
-            _run(losses, graph, found, keep_graph=True)
-            if failed := proof.failures():
-                again = _gradients(losses, graph, SCALE * weights)
-                failed = proof.failures(again)
-            if not failed and not found.missing:
-                break
-            if not search(losses, graph, weights, failed.keys() | found.missing.keys(), places):
-                break
-            graph = self._read(forward, places.free)
+        places = Places()
+        found, proof, failed = self._tried(forward, graph, places, keep_graph=False)
+        if failed or found.missing:  # hardly ever, so the graph was not kept for it
+            forward = self.forward()
+            graph = self._read(forward, ())
+            for attempt in range(_ATTEMPTS):
+                lost = failed.keys() | found.missing.keys()
+                if not lost or (not search(forward.losses, graph, proof.weights, lost, places) and attempt):
+                    break
+                graph = self._read(forward, places.free)
+                found, proof, failed = self._tried(forward, graph, places, keep_graph=True)
         if found.missing:
             raise NotImplementedError(next(iter(found.missing.values())))
         self._refuse(failed, "the weighted sum of gradients is wrong")
         row = {name: proof.row.get(name, torch.zeros(())) for name in self.objective.parameters}
         with self.mode:
-            errors = disagreement(self.objective, self.units[proof.unit], row, precision)
+            errors = disagreement(self.objective, self.units[proof.unit], row, proof.precision)
         self._refuse(errors, "a unit by itself has another gradient")
         places.unproved = proof.unproved
         return found, places if all(size < float("inf") for _, size in proof.errors.values()) else None
+
+    def _tried(
+        self, forward: Forward, graph: Graph, places: Places, *, keep_graph: bool
+    ) -> tuple[Accumulator, Proof, dict[str, float]]:
+        """Return what a pass with units in these places brings, its proof, and the parameters that failed it."""
+        losses, number = forward.losses, self.findings.measurements
+        weights = random_weights(losses, number)
+        precision = max(graphs.precisions(losses.grad_fn), key=lambda kind: torch.finfo(kind).eps)
+        wanted = _gradients(losses, graph, weights)
+        proof = Proof(weights, wanted, number % len(self.units), precision)
+        found = self._accumulator(graph, places, proof)
+        _run(losses, graph, found, keep_graph=keep_graph)
+        failed = proof.failures()
+        if failed and keep_graph:  # perhaps by no more than rounding
+            failed = proof.failures(_gradients(losses, graph, SCALE * weights))
+        return found, proof, failed
 
     def _formed(self, graph: Graph) -> int:
         """Return the bytes of the gradients that have to be formed."""
