@@ -38,9 +38,9 @@ def disagreement(
         kinds.update(graphs.precisions(loss.grad_fn))
         return loss
 
-    before = torch.get_rng_state()
+    before = _drawn(objective.device)
     rows = loop.unit_gradients(replace(objective, loss_fn=loss_fn), [unit])
-    if not torch.equal(before, torch.get_rng_state()):
+    if not all(map(torch.equal, before, _drawn(objective.device))):
         return {}  # the loss draws random numbers, and drew others
     precision = max(kinds, key=lambda kind: torch.finfo(kind).eps)
     own, of_largest = _TOLERANCES.get(precision, _HALF_PRECISION)
@@ -51,6 +51,12 @@ def disagreement(
         moved = loop.unit_gradients(_rounded(objective, precision), [unit])
         allowed = {name: allowed[name] + _CONDITION * float((moved[name] - row).norm()) for name, row in rows.items()}
     return {name: error / max(norms[name], 1e-300) for name, error in errors.items() if error > allowed[name]}
+
+
+def _drawn(device: torch.device) -> list[Tensor]:
+    """Return the states of the random generators that vmap draws from for each unit."""
+    states = [torch.get_rng_state()]
+    return states if device.type != "cuda" else [*states, torch.cuda.get_rng_state(device)]
 
 
 def _rounded(objective: Objective, precision: torch.dtype) -> Objective:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from lightning_gradconf.batches.units import stack
+from lightning_gradconf.gram import shared_draws
 from lightning_gradconf.gram.ghost import graph as graphs
 from lightning_gradconf.gram.module_state import rewinder, without_warnings
 from lightning_gradconf.gram.objective import Objective, as_rows
@@ -44,7 +45,7 @@ def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, 
 
         per_unit = vmap(grad(loss, has_aux=True), in_dims=(None, *[0] * len(tensors)), randomness="different")
         # Attention on a CPU has no batching rule: torch says so each time, and is right and not much slower.
-        with without_warnings("There is a performance drop because"):
+        with shared_draws.refused(), without_warnings("There is a performance drop because"):
             found, losses = per_unit(parameters, *tensors)
         rewind()
         objective.check_leaves(graphs.leaves(losses.grad_fn))

@@ -17,6 +17,7 @@ from torch.autograd.graph import Node
 from torch.func import vmap
 
 from lightning_gradconf.batches.units import stack
+from lightning_gradconf.gram import shared_draws
 from lightning_gradconf.gram.ghost.custom_functions import vmappable
 from lightning_gradconf.gram.ghost.functorch import batched, check_available
 from lightning_gradconf.gram.ghost.unit_mode import UnitMode
@@ -118,7 +119,7 @@ def _forward(
         return objective.at({**leaves, **constants}, unit, lambda loss: loss)
 
     quiet: AbstractContextManager[None] = without_warnings("There is a performance drop because")
-    with vmappable(n), quiet, unit_mode:
+    with shared_draws.refused(), vmappable(n), quiet, unit_mode:
         losses = vmap(loss, randomness="different")(*tensors)
     with torch._C.DisableTorchFunction():
         return Forward(losses, tuple(unit_mode.reads), unit_mode.nodes)

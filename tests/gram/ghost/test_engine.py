@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import logging
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -352,6 +354,15 @@ def test_a_loss_that_draws_gets_numbers_of_its_own_for_each_unit():
     model = Model(lambda self, x: self.layer(x + torch.randn_like(x)), layer=nn.Linear(4, 3)).double()
     gram = sum(measure(model, mean_square, torch.zeros(6, 4).double()).values())
     assert len({round(float(value), 9) for value in gram.diagonal()}) == 6
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["Python", "NumPy"])
+def test_numbers_that_python_draws_are_each_units_own(draw, caplog):
+    _say_once.cache_clear()
+    model = Model(lambda self, x: self.layer(x) * (1 + draw()), layer=nn.Linear(4, 3)).double()
+    with caplog.at_level(logging.INFO, "lightning_gradconf"):
+        assert used(model, mean_square, torch.ones(6, 4).double()) == "loop"
+    assert "random numbers from Python or NumPy" in caplog.text
 
 
 def test_with_dropout_each_unit_has_masks_of_its_own():
