@@ -118,7 +118,9 @@ def test_vmap_is_right_or_refuses(name: str) -> None:
             assert error(got, want) < tolerance(name), f"measurement {measurement} at unit size {unit_size}"
 
         expected(case, unit_size, measured)
-    assert (refused > 0) == (name in VMAP_CANNOT)
+    assert refused or name not in VMAP_CANNOT
+    if torch.__version__ >= (2, 13):  # older releases can batch less
+        assert not refused or name in VMAP_CANNOT
 
 
 # ---- precision -------------------------------------------------------------------------------------------------------
