@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradconf import GradientConfusionCallback
+from lightning_gradconf.reports.custom_scalars import charts
 from lightning_gradconf.reports.report import Measurement, Report
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytorch_lightning.utilities.warnings.PossibleUserWarning")
@@ -390,3 +391,14 @@ def test_without_histogram_there_is_no_page(tmp_path):
     assert not any(
         os.path.basename(tag) == "p95" for tag in EventAccumulator(logger.log_dir).Reload().Tags()["scalars"]
     )
+
+
+def test_the_patterns_of_a_chart_work_as_the_one_that_tensorboard_makes_of_them():
+    patterns = charts(PREFIX)[PREFIX]["with loss and accuracy"][1]
+    joined = re.compile("|".join(f"({pattern})" for pattern in patterns))
+    found = ["min_cosine", "0/min_cosine"]
+    others = ["eta", "cosines/mean", "min_cosine/net.0"]
+    assert all(joined.match(f"{PREFIX}/{name}") for name in found)
+    assert not any(joined.match(f"{PREFIX}/{name}") for name in others)
+    assert all(map(joined.match, ["train_loss", "val/Loss", "train_loss_step", "val_accuracy", "Acc"]))
+    assert not any(map(joined.match, ["train_loss_epoch", "val_acc_epoch", "epoch", "lr-SGD"]))
