@@ -18,9 +18,9 @@ _BYTES_OF_VERSION = 100
 def charts(prefix: str) -> Layout:
     """Return the charts of one callback, in the form of ``SummaryWriter.add_custom_scalars``.
 
-    Tags are patterns, which TensorBoard joins to one and matches from its beginning; a flag such as ``(?i)`` would have to
-    stand there. Losses and accuracies are found by their names, one of ``_step`` and ``_epoch`` twins, and whenever they
-    are logged first.
+    Tags are patterns, which TensorBoard joins to one and matches from its beginning. A flag such as ``(?i)`` would have
+    to stand there, so there is none. Losses and accuracies are found by their names, one of ``_step`` and ``_epoch``
+    twins, and whenever they are logged first.
 
     >>> charts("confusion")["confusion"]["with loss and accuracy"][1]
     ['confusion/([^/]+/)?min_cosine$', '(?!confusion/|.*_epoch$).*[lL]oss', '(?!confusion/|.*_epoch$).*[aA]cc']
