@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 # CONSTRAINTS= installs the newest versions that setup.py admits.
 CONSTRAINTS ?= constraints.txt
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-QUICK := lightning_gradconf tests/test_statistics.py tests/test_imports.py tests/test_metric.py tests/test_units.py \
-	tests/test_plots.py tests/test_command.py tests/test_readme.py
+QUICK := lightning_gradconf tests/test_statistics.py tests/test_imports.py tests/test_metric.py tests/batches/test_units.py \
+	tests/test_plots.py tests/test_command.py tests/test_readme.py tests/gram/ghost
 
-.PHONY: help demo paper test quick bare coverage broken lint format docs bench dist clean
+.PHONY: help demo paper test quick bare coverage broken lint format docs bench dist clean ecosystem
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## */make \1\t/p' $(MAKEFILE_LIST)
@@ -29,7 +29,11 @@ quick: $(VENV)/.test  ## the tests of the parts that need no Trainer, in under t
 	$(BIN)/python -m pytest -n 2 -q -m "not slow and not browser" $(QUICK) $(ARGS)
 
 bare: $(VENV)/.bare  ## without the extras: what needs torch, Lightning and TensorBoard only
-	$(BIN)/python -m pytest -q tests/test_statistics.py tests/test_imports.py tests/test_units.py $(ARGS)
+	$(BIN)/python -m pytest -q tests/test_statistics.py tests/test_imports.py tests/batches/test_units.py $(ARGS)
+
+ecosystem: $(VENV)/.test  ## modules of torch_geometric, pytorch-forecasting and chemprop, trained and measured
+	@$(INSTALL) --no-build-isolation -e '.[test,ecosystem]'
+	$(BIN)/python -m pytest -m ecosystem $(ARGS)
 
 coverage: $(VENV)/.test  ## the tests but the slow ones, and which lines they miss, as a table and in coverage.xml
 	$(BIN)/python -m pytest -m "not slow" --cov=lightning_gradconf --cov-report=term-missing:skip-covered --cov-report=xml $(ARGS)
