@@ -167,6 +167,6 @@ def repeatable(
 
 
 def _alone(rows: Rows) -> Iterator[tuple[str, Tensor]]:
-    """The gradients as they are, each released as soon as it is used."""
+    """Yield the gradients as they are, each released as soon as it is used."""
     for name in list(rows):
         yield name, rows.pop(name).unsqueeze(0)

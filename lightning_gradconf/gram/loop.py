@@ -69,7 +69,7 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _has_custom_node(loss: Tensor) -> bool:
-    """Whether a custom autograd.Function, as a reentrant checkpoint is one, took part in the loss."""
+    """Return whether a custom autograd.Function, such as a reentrant checkpoint, took part in the loss."""
     seen: set[Node] = set()
     todo = [loss.grad_fn]
     while todo:
@@ -86,7 +86,7 @@ def _has_custom_node(loss: Tensor) -> bool:
 def _differentiate_everything(
     objective: Objective, loss: Tensor, leaves: dict[str, Tensor]
 ) -> dict[str, Tensor | None]:
-    """The same without naming the leaves; gradients that the module's own parameters hold are put back."""
+    """Return the same without naming the leaves; put back the gradients that the module's own parameters hold."""
     own = [t for t in (*objective.parameters.values(), *objective.constants.values()) if isinstance(t, nn.Parameter)]
     held = [p.grad for p in own]
     for p in own:

@@ -79,7 +79,7 @@ class MeasurementMode(TorchFunctionMode):
 def _without_dropout(
     position: int, keyword: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with a probability of zero."""
+    """Return the arguments with a probability of zero."""
     if len(args) > position:
         return (*args[:position], 0.0, *args[position + 1 :]), kwargs
     return args, kwargs | {keyword: 0.0}

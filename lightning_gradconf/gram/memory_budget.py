@@ -94,7 +94,7 @@ def units_at_once(
 
 
 def _kept(target: Objective, unit: Any) -> int:
-    """The bytes that a forward pass of the unit keeps for its backward pass, without parameters and buffers."""
+    """Return the bytes that a forward pass of the unit keeps for its backward pass, without parameters and buffers."""
     state = {name: p.detach().clone().requires_grad_() for name, p in target.parameters.items()}
     state |= {name: t.detach().clone() for name, t in target.constants.items()}
     own = {tensor.data_ptr() for tensor in state.values()}

@@ -91,7 +91,7 @@ def _reaches_a_metric(module: nn.Module) -> bool:
 
 
 def _recorded(objective: Objective, unit: Any) -> _Recording:
-    """The metrics that the loss of a unit calls, and what they return; nothing if the loss depends on it."""
+    """Return the metrics that the loss of a unit calls and their answers; nothing if the loss depends on it."""
     recording = _Recording()
     loss = _loss(objective, unit, recording)
     if not recording.metrics:
@@ -112,7 +112,7 @@ def _loss(objective: Objective, unit: Any, handler: _Handler) -> Tensor:
 
 
 def _another(answer: Any) -> Any:
-    """Some other answer of the same kind."""
+    """Return some other answer of the same kind."""
     if isinstance(answer, Tensor):
         return ~answer if answer.dtype == torch.bool else answer + 1
     return answer + 1 if isinstance(answer, int | float) else answer
@@ -180,14 +180,6 @@ class _Found:
 
 
 _known: WeakKeyDictionary[nn.Module, WeakKeyDictionary[LossFn, _Found]] = WeakKeyDictionary()
-
-
-def _of_losses(objective: Objective) -> Any:
-    try:
-        hash(objective.loss_fn)
-        return _known.setdefault(objective.module, WeakKeyDictionary())
-    except TypeError:
-        return {}
 
 
 # ---- how calls are intercepted --------------------------------------------------------------------------------------

@@ -263,7 +263,7 @@ class _Memory:
 
 @lru_cache(maxsize=1024)
 def _is_installed(module: str) -> bool:
-    """Whether a module came with Python or from a package index; a script, a notebook or a checkout did not."""
+    """Return whether a module came with Python or from a package index; a script, a notebook or a checkout did not."""
     if module == "__main__":
         return False
     file = getattr(sys.modules.get(module), "__file__", None)
@@ -332,5 +332,5 @@ def _restore_set(values: set[Any], saved: set[Any]) -> bool:
 
 
 def _same(now: Collection[Any], saved: Collection[Any]) -> bool:
-    """Whether nothing changed, so that what was not touched is not written to either."""
+    """Return whether nothing changed, so that what was not touched is not written to either."""
     return len(now) == len(saved) and all(map(is_, now, saved))

@@ -56,11 +56,11 @@ class ConvolutionFactors:
         return self.weight.shape[0]
 
     def block(self, lo: int, hi: int) -> Tensor:
-        """Some rows of the gradients, ``(n, hi - lo, ...)``."""
+        """Return some rows of the gradients, ``(n, hi - lo, ...)``."""
         return self._by_unit(lo, hi)
 
     def gram(self, workspace: Workspace) -> Tensor:
-        """All inner products, ``(n, n)``, in the form that was fastest when this shape was met first."""
+        """Return all inner products, ``(n, n)``, in the form that was fastest when this shape was met first."""
         samples, out = self.delta.shape[:2]
         pixels, inputs = math.prod(self.delta.shape[2:]), math.prod(self.input.shape[2:])
         numel = self.weight.numel()
@@ -98,7 +98,7 @@ class ConvolutionFactors:
         return not self.transposed and (self.groups == 1 or len(self.input) == self.n)
 
     def _by_unit(self, lo: int, hi: int) -> Tensor:
-        """One call of PyTorch's own weight gradient a unit."""
+        """Form gradients by one call of PyTorch's own weight gradient a unit."""
         whole = hi - lo == self.major or self.transposed or self.groups > 1
         delta = self.delta if whole else self.delta[:, lo:hi]
         weight = self.weight if whole else self.weight[lo:hi]
@@ -107,7 +107,7 @@ class ConvolutionFactors:
         return gradients[:, lo:hi] if whole else gradients
 
     def _folded(self, lo: int, hi: int) -> Tensor:
-        """All samples in one call, each as a group of channels of one image."""
+        """Form gradients in one call, each sample as a group of channels of one image."""
         samples = len(self.input)
         per_group = self.major // self.groups
         if self.groups > 1:
@@ -128,7 +128,7 @@ class ConvolutionFactors:
         return gradient
 
     def _by_taps(self, workspace: Workspace) -> Tensor:
-        """A few taps of the kernel at a time: what they see of the input, pixel by pixel, times the deltas."""
+        """Contract a few taps of the kernel at a time: what they see of the input, pixel by pixel, times the deltas."""
         out, channels, *kernel = self.weight.shape
         edges = [edge for padding in reversed(self.padding) for edge in (padding, padding)]
         x = torch.unflatten(F.pad(self.input.movedim(1, -1), [0, 0, *edges]), 0, (self.n, -1))
@@ -154,7 +154,7 @@ class ConvolutionFactors:
         return mirrored(gram)
 
     def _shifted(self, workspace: Workspace) -> Tensor:
-        """Products of patches as sums of products of shifted pixels, times products of deltas."""
+        """Contract products of patches as sums of products of shifted pixels, times products of deltas."""
         samples, _, *size = self.input.shape
         out_size = self.delta.shape[2:]
         x, d = (t.flatten(2).transpose(1, 2).contiguous() for t in (self.input, self.delta))
@@ -176,7 +176,7 @@ class ConvolutionFactors:
         return mirrored(gram).view(self.n, -1, self.n, samples // self.n).sum((1, 3))
 
     def _window(self, axis: int, offset: int, size: int, out_size: int) -> tuple[slice, slice]:
-        """Which inputs a tap of the kernel reads along an axis, and for which outputs."""
+        """Return which inputs a tap of the kernel reads along an axis, and for which outputs."""
         shift = offset * self.dilation[axis] - self.padding[axis]
         stride = self.stride[axis]
         first = max(0, -(shift // stride))

@@ -46,7 +46,7 @@ class Dense:
     major = numel
 
     def block(self, lo: int, hi: int) -> Tensor:
-        """Some entries of the gradients, ``(n, hi - lo)``."""
+        """Return some entries of the gradients, ``(n, hi - lo)``."""
         return self.gradients[:, lo:hi]
 
     def weighted(self, weights: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Dense:
         return Dense(self.gradients[some])
 
     def gram(self, workspace: Workspace) -> Tensor:
-        """All inner products, ``(n, n)``."""
+        """Return all inner products, ``(n, n)``."""
         return workspace.square(self.gradients)
 
 
@@ -90,7 +90,7 @@ class OuterProducts:
         return self.left.shape[3] if self.left.shape[0] == 1 else self.left.shape[0]
 
     def block(self, lo: int, hi: int) -> Tensor:
-        """Some rows of the gradients, ``(n, hi - lo, ...)``."""
+        """Return some rows of the gradients, ``(n, hi - lo, ...)``."""
         if self.left.shape[0] == 1:
             return torch.bmm(self.left[0, ..., lo:hi].transpose(1, 2), self.right[0])
         return (self.left[lo:hi].transpose(2, 3) @ self.right[lo:hi]).flatten(2).transpose(0, 1)
@@ -105,7 +105,7 @@ class OuterProducts:
         return OuterProducts(self.left[:, some], self.right[:, some])
 
     def gram(self, workspace: Workspace) -> Tensor:
-        """All inner products, ``(n, n)``, by pairs of rows or by gradients, whichever costs less."""
+        """Return all inner products, ``(n, n)``, by pairs of rows or by gradients, whichever costs less."""
         groups, n, rows, p = self.left.shape
         q = self.right.shape[3]
         pairs = (n * rows) ** 2 * (p + q + 16) / (2 if n * rows > 512 else 1)
@@ -165,7 +165,7 @@ class IndexedRows:
         return self.major * self.values.shape[2]
 
     def block(self, lo: int, hi: int) -> Tensor:
-        """Some rows of the gradients of the table, ``(n, hi - lo, q)``."""
+        """Return some rows of the gradients of the table, ``(n, hi - lo, q)``."""
         n, _, q = self.values.shape
         inside = (self.index >= lo) & (self.index < hi)
         unit = torch.arange(n, device=self.index.device)[:, None].expand_as(self.index)
@@ -184,7 +184,7 @@ class IndexedRows:
         return IndexedRows(self.index[some], self.values[some], self.major)
 
     def gram(self, workspace: Workspace) -> Tensor:
-        """All inner products, ``(n, n)``: over the rows of the table that two units have both looked up."""
+        """Return all inner products, ``(n, n)``: over the rows of the table that two units have both looked up."""
         n, _, q = self.values.shape
         unit = torch.arange(n, device=self.index.device)[:, None]
         key, where = (self.index * n + unit).flatten().unique(return_inverse=True)  # type: ignore[no-untyped-call]
@@ -203,14 +203,14 @@ class IndexedRows:
         return mirrored(gram)
 
     def _is_sparse(self, word: Tensor) -> bool:
-        """Whether few units have looked up the same rows; ``word`` is in order."""
+        """Return whether few units have looked up the same rows; ``word`` is in order."""
         n, rows = self.index.shape
         _, counts = word.unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
         pairs = int(counts.square().sum())
         return 8 * pairs < n * n * rows
 
     def _by_table(self, word: Tensor, unit: Tensor, values: Tensor) -> Tensor:
-        """The part of the table that was looked up, some columns at a time."""
+        """Return the Gram from the part of the table that was looked up, some columns at a time."""
         n, _, q = self.values.shape
         used, word = word.unique_consecutive(return_inverse=True)  # type: ignore[no-untyped-call]
         gram = values.new_zeros(n, n)
@@ -248,7 +248,7 @@ class Multiples:
         return len(self.direction)
 
     def block(self, lo: int, hi: int) -> Tensor:
-        """Some rows of the gradients, ``(n, hi - lo, ...)``."""
+        """Return some rows of the gradients, ``(n, hi - lo, ...)``."""
         return self.coefficients[:, None, None] * self.direction.view(self.major, -1)[lo:hi]
 
     def weighted(self, weights: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ class Multiples:
         return replace(self, coefficients=self.coefficients[some])
 
     def gram(self, workspace: Workspace) -> Tensor:
-        """All inner products, ``(n, n)``."""
+        """Return all inner products, ``(n, n)``."""
         return self.coefficients.outer(self.coefficients) * self.direction.square().sum()
 
 

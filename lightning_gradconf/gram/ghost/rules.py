@@ -66,7 +66,7 @@ def _by_backward(node: Node, slot: int, shape: tuple[int, ...], at: Placement) -
 
 
 def _outer_products(left: Tensor, right: Tensor, at: Placement, factor: float = 1.0) -> OuterProducts:
-    """The sum over rows of ``left (rows, p)`` and ``right (rows, q)``, or of ``(rows, groups, p)`` and so on."""
+    """Return the sum over rows of ``left (rows, p)`` and ``right (rows, q)``, or of ``(rows, groups, p)`` and so on."""
     left, right = at.rows(upcast(left)), at.rows(upcast(right))
     if factor != 1:
         right = right * factor

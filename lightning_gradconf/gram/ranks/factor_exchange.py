@@ -76,7 +76,7 @@ def partial_grams(ranks: Ranks, factors: Factors, workspace: Workspace) -> dict[
 
 
 def _shares(described: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The parameters that each rank contracts, the largest first, so that all have about as much to do."""
+    """Return the parameters that each rank contracts, the largest first, so that all have about as much to do."""
     sizes = dict.fromkeys(described[0], 0)
     for of_rank in described:
         for name, parts in of_rank.items():
@@ -114,7 +114,7 @@ def _fixed(parts: Sequence[Any]) -> Any:
 def _gathered(
     ranks: Ranks, part: GradientFactors, described: Sequence[Any], owner: int
 ) -> tuple[GradientFactors, dict[str, list[Tensor]]]:
-    """A contribution as it is sent, and its tensors of all ranks in rank order; those on the owner alone."""
+    """Return a contribution as it is sent, and its tensors of all ranks in rank order; those on the owner alone."""
     ways = TENSORS[type(part)]
     rows = {
         field: max(shapes[field][1][way[1]] for _, shapes in described)
@@ -136,7 +136,7 @@ def _gathered(
 
 
 def _joined(part: GradientFactors, of_ranks: Mapping[str, list[Tensor]], ranks: int) -> GradientFactors:
-    """The contribution of the units of all ranks."""
+    """Return the contribution of the units of all ranks."""
     ways = TENSORS[type(part)]
     found: dict[str, Any] = {field: torch.cat(tensors, ways[field][0]) for field, tensors in of_ranks.items()}
     if isinstance(part, ConvolutionFactors):

@@ -92,7 +92,7 @@ def gram_of_units(
 
 
 def _gradients(ranks: Ranks, target: Objective, units: Sequence[Any]) -> Rows:
-    """This rank's shards of the gradient of one unit, ``(1, numel)``."""
+    """Return this rank's shards of the gradient of one unit, ``(1, numel)``."""
     (unit,) = units
     # That all ranks have a loss is agreed upon before any of them waits for the others in the backward pass.
     loss = ranks.on_all(lambda: checked(target.loss_fn(target.module, copy_of(unit))))
@@ -154,7 +154,7 @@ def _sharded_parts(module: nn.Module) -> list[Any]:
 
 
 def _largest_shard(p: Any) -> Tensor:
-    """A tensor without memory, of the size that the first rank's shard has."""
+    """Return a tensor without memory, of the size that the first rank's shard has."""
     along = p.placements[0].dim
     rows = -(-p.shape[along] // p.device_mesh.size())
     return torch.empty(rows, p.numel() // max(1, p.shape[along]), dtype=p.dtype, device="meta")
