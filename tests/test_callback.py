@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSa
 
 from lightning_gradconf import GradientConfusionCallback, gradient_gram, gradient_statistics
 from lightning_gradconf.gram.select import _say_once
+from lightning_gradconf.training import session
 from lightning_gradconf.training.training_step import digests
 
 DEFAULT = ["eta", "min_cosine", "p05_cosine", "mean_cosine", "negative_fraction", "gradient_norm"]
@@ -609,6 +610,14 @@ def test_not_finite_is_logged_as_nan_and_said_once():
     assert len([w for w in caught if "GradientConfusionCallback" in str(w.message)]) == 1
     assert steps(rows) == [0, 3, 7, 11] and trainer.global_step == 12
     assert all(math.isnan(value) for value in confusion.last_statistics.values())
+
+
+@pytest.mark.parametrize(("num_units", "times"), [(4, 0), (32, 1)])
+def test_fewer_units_than_were_asked_for_are_said_once(num_units, times, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(session, "inform", lambda trainer, message: said.append(message))
+    fit(GradientConfusionCallback(every_n_train_steps=1, num_units=num_units))
+    assert len(said) == times and all("not num_units=32" in message for message in said)
 
 
 def test_falling_back_is_said_once_with_the_reason(caplog):

@@ -65,7 +65,8 @@ def measured_now(session: Session, batch: Any, batch_idx: int, step: int) -> lis
             continue
         measurement = Measurement(gram, unit_size, step, engine=engine, name=part.name)
         measured.append(_described(session, measurement, units, classes))
-    session.n = len(units) if measured else session.n
+    if measured:
+        session.fix_n(len(units))
     return measured
 
 

@@ -236,6 +236,16 @@ class Session:
             )
         schedule.stretch = stretch
 
+    def fix_n(self, n: int) -> None:
+        """Compare n units of this rank from now on; say so if they are fewer than were asked for."""
+        if self.n is None and n < self.settings.num_units:
+            inform(
+                self.trainer,
+                f"{n} units are compared at each measurement of this run, not num_units={self.settings.num_units}: "
+                f"source={self.settings.source!r} gives no more of unit_size={self.settings.unit_size!r}.",
+            )
+        self.n = n
+
     # ---- the end, and what goes wrong -------------------------------------------------------------------------------
 
     def close(self) -> None:
