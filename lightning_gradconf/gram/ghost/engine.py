@@ -12,7 +12,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from lightning_gradconf.gram.ghost.value_reads import UnitsDiffer
 from lightning_gradconf.gram.ghost.verify import SCALE, Proof, random_weights
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.memory_budget import megabytes
-from lightning_gradconf.gram.module_state import rewinder
+from lightning_gradconf.gram.module_state import random_states, rewinder
 from lightning_gradconf.gram.objective import Objective, accumulation_dtype, run_backward, sizes
 from lightning_gradconf.gram.plain_autograd import disagreement, in_words
 
@@ -159,9 +159,12 @@ class _Measurement:
     budget: int | None
     keep: bool
     rewind: Callable[[], None]
+    _drawn: list[tuple[Callable[[Any], Any], Any]] = field(default_factory=random_states)
 
     def forward(self) -> Forward:
-        """Return the losses of the units, from the module's state before the measurement."""
+        """Return the losses of the units, from the module's state and the random state before the first such pass."""
+        for restore, state in self._drawn:
+            restore(state)
         try:
             return forward(self.objective, self.leaves, self.units, self.mode, self.findings.writes)
         finally:
@@ -174,7 +177,7 @@ class _Measurement:
         signature = (n, forward.reads, graphs.signature(graph))
         places = self.findings.graphs.get(signature)
         if places is None or proves:
-            found, places = self._proved(forward, graph)
+            found, places = self._proved(forward, graph, places or Places())
             if places is not None:
                 if len(self.findings.graphs) >= _REMEMBERED:
                     self.findings.graphs.clear()
@@ -204,9 +207,10 @@ class _Measurement:
             graph, parameters, len(self.units), places, workspace, keep=self.keep, proof=proof, budget=self.budget
         )
 
-    def _proved(self, forward: Forward, graph: Graph) -> tuple[Accumulator, Places | None]:
+    def _proved(self, forward: Forward, graph: Graph, places: Places) -> tuple[Accumulator, Places | None]:
         """Return what was found and proved, and where the units lie; None if it cannot be proved this time."""
-        places = Places()
+        if places.free:
+            graph = self._read(forward, places.free)
         found, proof, failed = self._tried(forward, graph, places, keep_graph=False)
         if failed or found.missing:  # hardly ever, so the graph was not kept for it
             forward = self.forward()
