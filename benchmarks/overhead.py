@@ -1,6 +1,6 @@
 """The share of a training run that the callback takes, in a Trainer with default settings.
 
-    python benchmarks/overhead.py [--models cnn mlp loop resnet18 gpt] [--seconds 20]
+    python benchmarks/overhead.py [--models cnn mlp loop graphs resnet18 gpt] [--seconds 20]
 
 Trains for so many seconds with the default line, one thread, and prints the share of the run's time that was spent in
 the callback after its first measurement, which loads libraries and checks the engine, and is given apart. The share
@@ -102,15 +102,47 @@ def gpt() -> tuple[nn.Module, Tensor, Tensor]:
     return build("gpt").model, tokens[:, :-1], tokens[:, 1:]
 
 
+class GraphNet(nn.Module):
+    """Two rounds of messages along edges, and the sum over each graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, 32), nn.Linear(32, 32), nn.Linear(32, 10)
+
+    def forward(self, graphs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        nodes, edges, graph = graphs
+        for layer in (self.first, self.second):
+            h = layer(nodes)
+            nodes = (h + torch.zeros_like(h).index_add(0, edges[1], h[edges[0]])).relu()
+        count = int(graph[-1]) + 1
+        return self.head(torch.zeros(count, nodes.shape[1]).index_add(0, graph, nodes))
+
+
+def graphs() -> tuple[nn.Module, list[Any], Callable[[list[Any]], Any]]:
+    """Graphs of 5 to 20 nodes, joined to one graph without edges between them: samples cannot be cut out of it."""
+    sizes = torch.randint(5, 21, (1000,)).tolist()
+    items = [((torch.randn(n, 8), torch.randint(n, (2, 3 * n))), torch.randint(10, ())) for n in sizes]
+
+    def collate(batch: list[Any]) -> Any:
+        counts = torch.tensor([len(nodes) for (nodes, _), _ in batch])
+        starts = counts.cumsum(0) - counts
+        edges = torch.cat([edges + start for ((_, edges), _), start in zip(batch, starts, strict=True)], 1)
+        graph = torch.arange(len(batch)).repeat_interleave(counts)
+        return (torch.cat([nodes for (nodes, _), _ in batch]), edges, graph), torch.stack([y for _, y in batch])
+
+    return GraphNet(), items, collate
+
+
 def labels(samples: int) -> Tensor:
     return torch.randint(10, (samples,))
 
 
 # What to train, the batch size, and options of the callback beside the default line.
-MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor, Tensor]], int, dict[str, Any]]] = {
+MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Any, Any]], int, dict[str, Any]]] = {
     "cnn": (cnn, 32, {}),
     "mlp": (mlp, 32, {}),
     "loop": (cnn, 32, {"engine": "loop"}),
+    "graphs": (graphs, 32, {}),
     "resnet18": (resnet18, 32, {}),
     "gpt": (gpt, 16, {}),
 }
@@ -120,10 +152,12 @@ def run(name: str, seconds: float, **options: Any) -> tuple[Timed, float]:
     """Train, and return the callback and the share of the time after its first measurement that it took."""
     make, batch_size, more = MODELS[name]
     torch.manual_seed(0)
-    net, x, y = make()
+    net, x, y = make()  # inputs and labels, or items and how they are collated
+    data, collate = (x, y) if callable(y) else (TensorDataset(x, y), None)
     timed, stop = Timed(**more, **options), StopAfter(seconds)
     trainer = pl.Trainer(max_epochs=-1, callbacks=[timed, stop], **QUIET)
-    trainer.fit(Module(net), DataLoader(TensorDataset(x, y), batch_size=batch_size, shuffle=True, drop_last=True))
+    loader = DataLoader(data, batch_size, shuffle=True, drop_last=True, collate_fn=collate)
+    trainer.fit(Module(net), loader)
     return timed, sum(timed.calls[1:]) / (time.perf_counter() - stop.start)
 
 

@@ -9,7 +9,7 @@ import torch
 # An interval becomes shorter again only where that costs less than this part of what is allowed.
 _MARGIN = 0.8
 # The times of so many measurements are believed, or of fewer that took so many seconds.
-_ENOUGH, _ENOUGH_SECONDS = 4, 1.0
+_ENOUGH, _ENOUGH_SECONDS = 4, 0.25
 
 
 class Overhead:
