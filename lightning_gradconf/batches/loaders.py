@@ -194,7 +194,7 @@ def changes(loaders: Any) -> tuple[list[Any], list[Any]]:
     containers: list[Any] = []
     data: list[Any] = []
     for loader in loaders_in(loaders).values():
-        data += [part for part in (getattr(loader, "dataset", None),) if hasattr(part, "__dict__")]
+        data.append(getattr(loader, "dataset", None))
         containers += [getattr(loader, name, None) for name in ("generator", "collate_fn")]
         todo = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
         while todo:

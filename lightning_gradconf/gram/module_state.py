@@ -60,10 +60,10 @@ def untouched(module: nn.Module, *others: Any, data: Iterable[Any] = (), tensors
                 memory.remember(tensor, "")
         memory.remember(module, type(module).__name__)
         memory.seen |= own  # optimizers hold them all
+        for part in data:  # before the others, as a sampler leads to its dataset too
+            memory.remember_source(part)
         for other in others:
             memory.remember(other, "")
-        for part in data:
-            memory.remember_attributes(part)
         for put_back in (*memory.values, *memory.containers, *memory.generators):
             stack.callback(put_back)
         yield
@@ -187,6 +187,13 @@ class _Memory:
             )
         elif hasattr(value, "__dict__") and self._is_users(value):
             self.remember(vars(value), path)
+
+    def remember_source(self, value: Any) -> None:
+        """Keep how to put back a dataset, of whatever class: a plain list is one too."""
+        if hasattr(value, "__dict__"):
+            self.remember_attributes(value)
+        else:
+            self.remember_data(value)
 
     def remember_data(self, value: Any) -> None:
         """Keep how to put back what data are read from, without what is in them."""

@@ -6,7 +6,7 @@ import copy
 import random
 import warnings
 from argparse import Namespace
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, UserDict, defaultdict, deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +17,11 @@ import runs
 import torch
 from runs import Data, Meter, frozen
 from torch import nn
+from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, SequentialSampler, Subset, TensorDataset
 
 import lightning_gradconf
 from lightning_gradconf import gradient_gram
+from lightning_gradconf.batches.loaders import changes
 from lightning_gradconf.gram.module_state import _is_installed, rewinder, untouched, without_warnings
 
 
@@ -311,6 +313,32 @@ def test_of_data_only_attributes_and_generators_are_put_back():
         data.x = data.x + 1
     assert (data.calls, data.rng.getstate(), data.parts[0].augment) == (0, state, False)
     assert data.x is x and data.cache == {0: 1}
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        [torch.zeros(2)],
+        (torch.zeros(2),),
+        {0: torch.zeros(2)},
+        UserDict({0: torch.zeros(2)}),
+        np.zeros((1, 2)),
+        TensorDataset(torch.zeros(1, 2)),
+        Subset([torch.zeros(2)], [0]),
+        ConcatDataset([[torch.zeros(2)]]),
+    ],
+    ids=lambda dataset: type(dataset).__name__,
+)
+@pytest.mark.parametrize("sampler", [RandomSampler, SequentialSampler])
+def test_what_is_in_a_dataset_of_any_kind_is_not_copied(dataset, sampler):
+    loader = DataLoader(dataset, sampler=sampler(dataset))
+    containers, data = changes(loader)
+    (sample,) = [*dataset.values()] if isinstance(dataset, dict | UserDict) else [*dataset]
+    (tensor,) = sample if isinstance(sample, tuple) else (sample,)
+    with untouched(nn.Linear(1, 1), *containers, data=data):
+        tensor[:] = 1  # nobody does this; it shows that no copy was kept
+        loader.sampler.more = 1
+    assert tensor.sum() == 2 and not hasattr(loader.sampler, "more")
 
 
 def test_what_is_the_users_own():
