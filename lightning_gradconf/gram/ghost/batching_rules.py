@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_gradconf.gram.ghost.functorch import batched, behind, below_vmap, in_front, is_batched, level_of
+from lightning_gradconf.gram.ghost.functorch import batched, below_vmap, in_front, is_batched, level_of
 
 if TYPE_CHECKING:
     from lightning_gradconf.gram.ghost.unit_mode import UnitMode
@@ -81,6 +81,22 @@ def _recurrent(
         )
 
     return mode.fold(run, input, *(states if is_lstm else (states,)))
+
+
+def _recurrent_cell(
+    mode: UnitMode, function: Callable[..., Any], input: Tensor, states: Any, *weights: Tensor | None
+) -> Any:
+    if any(map(is_batched, weights)):
+        return NotImplemented
+    is_lstm = isinstance(states, list | tuple)
+
+    def step(*tensors: Tensor) -> Any:
+        input, *before = (tensor.flatten(0, 1) for tensor in tensors)
+        after = function(input, before if is_lstm else before[0], *weights)
+        units = tensors[0].shape[:2]
+        return tuple(torch.unflatten(part, 0, units) for part in after) if is_lstm else torch.unflatten(after, 0, units)
+
+    return mode.fold(step, input, *(states if is_lstm else (states,)))
 
 
 def _cross_entropy(
@@ -248,71 +264,10 @@ def _ctc(
     return mode.fold(losses, log_probs, targets, *lengths)
 
 
-# ---- derivatives inside the loss ------------------------------------------------------------------------------------
-
-
-def _requires_grad_(mode: UnitMode, function: Callable[..., Any], tensor: Tensor, requires_grad: bool = True) -> Tensor:
-    inner = behind(tensor)
-    if not inner.is_leaf:
-        raise NotImplementedError("requires_grad is set on the result of an operation")
-    with below_vmap():  # there it is a leaf, and there autograd records
-        inner.requires_grad_(requires_grad)
-    return tensor
-
-
-def _of_autograd(mode: UnitMode, function: Callable[..., Any], tensor: Tensor, *_: Any) -> Any:
-    """Answer as the tensor below vmap, where autograd records."""
-    with torch._C.DisableTorchFunction():
-        return function(behind(tensor))
-
-
-def _gradient(
-    mode: UnitMode,
-    function: Callable[..., Any],
-    outputs: Any,
-    inputs: Any,
-    grad_outputs: Any = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    only_inputs: bool = True,
-    allow_unused: bool | None = None,
-    is_grads_batched: bool = False,
-    materialize_grads: bool = False,
-) -> Any:
-    """Differentiate below vmap: units do not meet, so the gradient of the sum of their outputs is that of each."""
-    outputs, inputs = ([values] if isinstance(values, Tensor) else list(values) for values in (outputs, inputs))
-    if not any(map(is_batched, (*outputs, *inputs))):
-        options = {"allow_unused": allow_unused, "is_grads_batched": is_grads_batched}
-        options |= {"materialize_grads": materialize_grads}
-        return function(outputs, inputs, grad_outputs, retain_graph, create_graph, **options)
-    if is_grads_batched or not all(map(is_batched, (*outputs, *inputs))):
-        raise NotImplementedError("the loss differentiates with respect to parameters itself")
-    if grad_outputs is None or isinstance(grad_outputs, Tensor):
-        grad_outputs = [grad_outputs] * len(outputs)
-    rows = [in_front(output, mode.n) for output in outputs]
-    seeds = [
-        torch.ones_like(row) if seed is None else in_front(seed, mode.n)
-        for row, seed in zip(rows, grad_outputs, strict=True)
-    ]
-    with below_vmap(), torch._C.DisableTorchFunction():
-        found = torch.autograd.grad(
-            rows, [behind(tensor) for tensor in inputs], seeds,
-            retain_graph=True, create_graph=create_graph, allow_unused=allow_unused,
-            materialize_grads=materialize_grads,
-        )  # fmt: skip
-    return tuple(
-        None if gradient is None else batched(gradient, level_of(tensor), like=tensor)
-        for gradient, tensor in zip(found, inputs, strict=True)
-    )
-
-
-def _refused(mode: UnitMode, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    raise NotImplementedError(f"the loss calls {function.__name__} on a tensor")
-
-
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
     **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent),
+    **dict.fromkeys((torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell), _recurrent_cell),
     **dict.fromkeys((F.cross_entropy, F.nll_loss), _cross_entropy),
     F.batch_norm: _batch_norm,
     F.group_norm: _group_norm,
@@ -320,15 +275,4 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.embedding_bag: _embedding_bag,
     F.bilinear: _bilinear,
     F.ctc_loss: _ctc,
-    Tensor.requires_grad_: _requires_grad_,
-    Tensor.requires_grad.__set__: _requires_grad_,  # type: ignore[attr-defined]
-    **{getattr(Tensor, name).__get__: _of_autograd for name in ("requires_grad", "grad_fn", "is_leaf")},
-    **dict.fromkeys(
-        (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.backward, Tensor.retain_grad), _refused
-    ),
-}
-# Their tensors may lie in lists.
-RULES_FOR_LISTS: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.autograd.grad: _gradient,
-    torch.autograd.backward: _refused,
 }

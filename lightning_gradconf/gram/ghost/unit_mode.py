@@ -1,7 +1,8 @@
 """What user code meets while all units are computed at once: vmap, with answers to what vmap cannot do.
 
 Every call of PyTorch that the user's code makes passes through `UnitMode`, which knows what torch.func has no rule for
-or is slow at (`batching_rules`), and what Python reads of batched tensors (`value_reads`).
+or is slow at (`batching_rules`), what the loss differentiates itself (`derivative_rules`), and what Python reads of
+batched tensors (`value_reads`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lightning_gradconf.gram.ghost.batching_rules import RULES, RULES_FOR_LISTS, fold
+from lightning_gradconf.gram.ghost import batching_rules, derivative_rules
 from lightning_gradconf.gram.ghost.functorch import batched, behind, is_batched
 from lightning_gradconf.gram.ghost.value_reads import READS, UnitNumber
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
@@ -63,7 +64,7 @@ class UnitMode(MeasurementMode):
                 result = rule(self, func, *args, **kwargs)
                 if result is not NotImplemented:
                     return self._noted(result)
-        elif (rule := RULES_FOR_LISTS.get(func)) is not None:
+        elif (rule := derivative_rules.RULES_FOR_LISTS.get(func)) is not None:
             return rule(self, func, *args, **kwargs)
         elif func not in self._open and (body := _body_of(func)) is not None:
             self._open.add(func)  # a method may call its twin in C++, which comes by here under the same name
@@ -79,7 +80,7 @@ class UnitMode(MeasurementMode):
 
     def fold(self, function: Callable[..., Any], *tensors: Any) -> Any:
         """Return what a function of ordinary tensors, units first, makes of batched ones."""
-        return fold(self.n, function, *tensors)
+        return batching_rules.fold(self.n, function, *tensors)
 
     @contextmanager
     def without_reads(self) -> Iterator[None]:
@@ -99,7 +100,7 @@ class UnitMode(MeasurementMode):
         return result
 
 
-_RULES = {**READS, **RULES}
+_RULES = {**READS, **batching_rules.RULES, **derivative_rules.RULES}
 
 
 def _any_batched(values: Any) -> bool:

@@ -216,6 +216,23 @@ def recurrent_cells_in_a_loop_of_python() -> Any:
 
 
 @case
+def recurrent_cells_that_begin_by_themselves() -> Any:
+    """Cells without a first state; one has no biases, and one also takes a single vector."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h, state, r = None, None, None
+        for step in x.unbind(1):
+            h = self.gru(step, h)
+            state = self.lstm(h, state)
+            r = self.rnn(state[1], r)
+        first = self.rnn(torch.cat([x[0, 0], x[0, 1, :1]]))  # a single vector
+        return self.head(r) + first[:3]
+
+    parts = {"gru": nn.GRUCell(3, 4, bias=False), "lstm": nn.LSTMCell(4, 4), "head": nn.Linear(4, 3)}
+    return Model(forward, rnn=nn.RNNCell(4, 4, nonlinearity="relu"), **parts), cross_entropy, pairs(4, 3)
+
+
+@case
 def packed_sequences() -> Any:
     """Sequences of different lengths, packed: how samples lie depends on the data."""
 

@@ -51,7 +51,6 @@ EXCEPTIONS = {
     "more_ways_than_passes": NotGhost("loop", WAYS, unit_sizes=(1,)),
     "norm_of_the_gradient_of_parameters": NotGhost("vmap", BY_PARAMETERS),
     "packed_sequences": NotGhost("loop", "stack expects each tensor to be equal size"),
-    "recurrent_cells_in_a_loop_of_python": NotGhost("loop", "aten::lstm_cell"),
     "retained_gradient": NotGhost("loop", "the loss calls retain_grad on a tensor"),
 }
 
@@ -136,6 +135,7 @@ VMAP_CANNOT = set(
         "physics_with_two_inputs",
         "queue_of_negatives",
         "recurrent_cells_in_a_loop_of_python",
+        "recurrent_cells_that_begin_by_themselves",
         "recurrent_layer_with_time_first",
         "retained_gradient",
         "rnn_of_rectified_units",
