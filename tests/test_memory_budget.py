@@ -108,13 +108,23 @@ def test_what_is_no_budget_is_named(given):
 
 def test_without_a_budget_half_of_the_free_memory_is_taken(monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(budget, "_free_of_machine", lambda: 1000)
+    monkeypatch.setattr(budget, "_free_lately", lambda period: 1000)
     assert budget.bytes_for_gradients(None, 1, cpu) == 256 + 128, "in coarse steps"
     assert budget.bytes_for_gradients(None, 1, cpu, ranks=2) == 128 + 64
     assert budget.bytes_for_gradients(None, 900, cpu) == 900, "two gradients are tried in any case"
     assert budget.bytes_for_gradients("1MB", 1, cpu) == 10**6
-    monkeypatch.setattr(budget, "_free_of_machine", lambda: None)
+    monkeypatch.setattr(budget, "_free_lately", lambda period: None)
     assert budget.bytes_for_gradients(None, 1, cpu) is None
+
+
+def test_free_memory_is_asked_once_in_a_while(monkeypatch):
+    answers = [5000, 6000]
+    monkeypatch.setattr(budget, "_free_of_machine", lambda: answers.pop(0))
+    budget._free_lately.cache_clear()
+    try:
+        assert [budget._free_lately(period) for period in (1, 1, 2)] == [5000, 5000, 6000]
+    finally:
+        budget._free_lately.cache_clear()
 
 
 def test_free_memory_is_that_of_the_machine_or_of_its_container(monkeypatch, tmp_path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ _SIZES |= {f"{prefix}b": 1000**i for i, prefix in enumerate("kmgt", 1)}
 _SIZES |= {f"{prefix}ib": 1024**i for i, prefix in enumerate("kmgt", 1)}
 # Of the free memory, since what a pass needs beside the gradients is not known beforehand.
 _SHARE = 0.5
+_LATELY = 10  # seconds for which free memory is not asked again: it takes as long as a small network
 # What is kept for a backward pass may take this part of a budget; torch.func keeps about twice as much.
 _PART_OF_PASSES = 1 / 4
 # Files under /sys/fs/cgroup with the limit of a container and with what it uses, of the two versions of control groups.
@@ -70,7 +73,7 @@ def bytes_for_gradients(
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for reuse
         free: int | None = torch.cuda.mem_get_info(device)[0] + kept
     else:
-        free = _free_of_machine()
+        free = _free_lately(int(time.monotonic() / _LATELY))
     if free is None:
         return None
     share = int(_SHARE * free / (1 if device.type == "cuda" else ranks))
@@ -108,6 +111,12 @@ def _kept(target: Objective, unit: Any) -> int:
     with untouched(target.module), torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
         target.at(state, copy_of(unit), lambda loss: None)
     return sum(tensor.nbytes for tensor in kept.values())
+
+
+@lru_cache(maxsize=1)
+def _free_lately(period: int) -> int | None:
+    """Return the free memory as it was when it was first asked for in this period."""
+    return _free_of_machine()
 
 
 def _free_of_machine() -> int | None:

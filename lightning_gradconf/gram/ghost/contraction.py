@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Generator, Hashable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,11 @@ from torch import Tensor
 
 # Elements of scratch memory that a block may take: small enough to stay in the last level of a cache.
 BLOCK = 1 << 20
+_NEAR = 4  # times as many operations may still be faster
 _NEW = 5e-3  # seconds that new memory and kernels may cost on a CPU
+
+# A way to compute a Gram, which pauses after each of its parts and yields the share of the work that is done.
+Form = Generator[float, None, Tensor]
 
 
 @dataclass
@@ -43,46 +47,92 @@ class Workspace:
         return self.buffers[key][:size].view(shape)
 
 
-def cheapest(workspace: Workspace, key: Hashable, forms: dict[str, tuple[float, Callable[[], Tensor]]]) -> Tensor:
-    """Return what all ``forms`` compute: in the one that was fastest before, or in each once, to find it.
+def completed(form: Form) -> Tensor:
+    """Return what a form computes."""
+    while True:
+        try:
+            next(form)
+        except StopIteration as end:
+            gram: Tensor = end.value
+            return gram
 
-    Operations are counted to leave out what cannot win, and to save the measurement where it does not matter.
+
+def cheapest(workspace: Workspace, key: Hashable, forms: dict[str, tuple[float, Callable[[], Form]]]) -> Tensor:
+    """Return what all ``forms`` compute, in the one that was fastest when ``key`` was met first.
+
+    Then two parts of each are timed, and the fastest is completed. Operations are counted to leave out what cannot win,
+    and to save the timing where it does not matter.
     """
     if (name := workspace.fastest.get(key)) is not None:
-        return forms[name][1]()
+        return completed(forms[name][1]())
     least = min(cost for cost, _ in forms.values())
-    near = {name: form for name, (cost, form) in forms.items() if cost <= 8 * least}
+    near = {name: begin for name, (cost, begin) in forms.items() if cost <= _NEAR * least}
     if len(near) == 1 or least < 1e6:
         workspace.fastest[key] = min(forms, key=lambda name: forms[name][0])
-        return forms[workspace.fastest[key]][1]()
-    seconds: dict[str, float] = {}
-    limit = math.inf
-    for _ in range(2):  # since memory and kernels are slow when they are new
-        for name in [name for name in near if seconds.get(name, 0) <= limit]:
-            start = time.perf_counter()
-            result = near[name]()
-            if result.is_cuda:
-                torch.cuda.synchronize(result.device)
-            seconds[name] = min(seconds.get(name, math.inf), time.perf_counter() - start)
-        limit = math.inf if result.is_cuda else 2 * min(seconds.values()) + _NEW
-    workspace.fastest[key] = min(seconds, key=lambda name: seconds[name])
-    return result
+        return completed(forms[workspace.fastest[key]][1]())
+    new: dict[str, float] = {}
+    best, name, form = math.inf, "", None
+    for each, begin in near.items():
+        begun, seconds, warm = _timed(begin())
+        if not warm:
+            new[each] = seconds
+        if seconds < best:
+            best, name, form = seconds, each, begun
+    for each in [each for each, seconds in new.items() if each != name and seconds <= 2 * best + _NEW]:
+        begun, seconds, _ = _timed(near[each]())
+        if seconds < best:
+            best, name, form = seconds, each, begun
+    assert form is not None
+    workspace.fastest[key] = name
+    return completed(form)
+
+
+def _timed(form: Form) -> tuple[Form, float, bool]:
+    """Return the form, how long all of it takes, and whether that was told from a second part.
+
+    Memory and kernels are slow when they are new.
+    """
+    seconds, share = _part(form, 0.0)
+    if share >= 1:
+        return form, seconds, False
+    return form, _part(form, share)[0], True
+
+
+def _part(form: Form, done: float) -> tuple[float, float]:
+    """Compute the next part of a form; return how long all of it would take, and the share that is done then."""
+    start = time.perf_counter()
+    share = next(form)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / (share - done), share
 
 
 def _same_memory(some: Tensor, other: Tensor) -> bool:
     return some.data_ptr() == other.data_ptr() and some.shape == other.shape and some.stride() == other.stride()
 
 
-def by_blocks(n: int, numel: int, major: int, block: Callable[[int, int], Tensor]) -> Tensor:
+def by_blocks(n: int, numel: int, major: int, block: Callable[[int, int], Tensor]) -> Form:
     """Return the Gram of n gradients of ``numel`` entries, from ``block(lo, hi)``: some of their ``major`` rows."""
     step = max(1, BLOCK * major // (n * numel))
     gram: Tensor | None = None
     for lo in range(0, major, step):
-        rows = block(lo, min(lo + step, major)).flatten(1)
+        hi = min(lo + step, major)
+        rows = block(lo, hi).flatten(1)
         gram = rows.new_zeros(n, n) if gram is None else gram
         accumulate(gram, rows)
+        yield hi / major
     assert gram is not None
     return mirrored(gram)
+
+
+def triangle(n: int, step: int) -> Iterator[tuple[slice, slice, float]]:
+    """Yield some of n rows, those from the first of them on, and the share of all pairs that is done with these."""
+    done = 0
+    for lo in range(0, n, step):
+        here, rest = slice(lo, min(lo + step, n)), slice(lo, n)
+        done += (here.stop - lo) * (n - lo)
+        left = sum((min(after + step, n) - after) * (n - after) for after in range(lo + step, n, step))
+        yield here, rest, done / (done + left)
 
 
 def accumulate(gram: Tensor, rows: Tensor) -> None:

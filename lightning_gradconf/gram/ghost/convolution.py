@@ -13,12 +13,14 @@ from torch import Tensor
 
 from lightning_gradconf.gram.ghost.contraction import (
     BLOCK,
+    Form,
     Workspace,
     accumulate,
     by_blocks,
     cheapest,
     mirrored,
     products,
+    triangle,
 )  # fmt: skip
 
 
@@ -65,7 +67,7 @@ class ConvolutionFactors:
         pixels, inputs = math.prod(self.delta.shape[2:]), math.prod(self.input.shape[2:])
         numel = self.weight.numel()
         formed = samples * pixels * numel / (self.groups if not self.transposed else 1) + self.n**2 * numel
-        forms: dict[str, tuple[float, Callable[[], Tensor]]] = {
+        forms: dict[str, tuple[float, Callable[[], Form]]] = {
             "unit": (formed, lambda: self._blocks(self._by_unit)),
         }
         if self.groups == 1 and not self.transposed:
@@ -91,7 +93,7 @@ class ConvolutionFactors:
         samples = slice(lo * k, hi * k)
         return replace(self, input=self.input[samples], delta=self.delta[samples], n=hi - lo)
 
-    def _blocks(self, block: Callable[[int, int], Tensor]) -> Tensor:
+    def _blocks(self, block: Callable[[int, int], Tensor]) -> Form:
         return by_blocks(self.n, self.numel, self.major, block)
 
     def _can_fold(self) -> bool:
@@ -127,7 +129,7 @@ class ConvolutionFactors:
         gradient: Tensor = torch.ops.aten.convolution_backward(d, x, weight, None, *geometry, groups, mask)[1]
         return gradient
 
-    def _by_taps(self, workspace: Workspace) -> Tensor:
+    def _by_taps(self, workspace: Workspace) -> Form:
         """Contract a few taps of the kernel at a time: what they see of the input, pixel by pixel, times the deltas."""
         out, channels, *kernel = self.weight.shape
         edges = [edge for padding in reversed(self.padding) for edge in (padding, padding)]
@@ -143,7 +145,8 @@ class ConvolutionFactors:
         # Few enough units at once for what they see to stay in the cache, and many enough for few calls.
         together = max(1, (BLOCK >> 3) // (d.shape[2] * taps * channels))
         gram = x.new_zeros(self.n, self.n)
-        for offset in product(*map(range, kernel[:-1]), range(0, width, taps)):
+        offsets = list(product(*map(range, kernel[:-1]), range(0, width, taps)))
+        for done, offset in enumerate(offsets, 1):
             start = sum(o * step * dilation for o, step, dilation in zip(offset, steps, self.dilation, strict=True))
             for lo in range(0, self.n, together):
                 some = slice(lo, lo + together)
@@ -151,17 +154,18 @@ class ConvolutionFactors:
                 window.copy_(x.as_strided(window.shape, view, x.storage_offset() + lo * unit + start))
                 torch.bmm(d[some], window.view(len(window), -1, taps * channels), out=result[some])
             accumulate(gram, result.flatten(1))
+            yield done / len(offsets)
         return mirrored(gram)
 
-    def _shifted(self, workspace: Workspace) -> Tensor:
+    def _shifted(self, workspace: Workspace) -> Form:
         """Contract products of patches as sums of products of shifted pixels, times products of deltas."""
         samples, _, *size = self.input.shape
         out_size = self.delta.shape[2:]
         x, d = (t.flatten(2).transpose(1, 2).contiguous() for t in (self.input, self.delta))
         step = max(1, BLOCK // (samples * max(x.shape[1], d.shape[1]) ** 2))
         gram = x.new_zeros(samples, samples)
-        for lo in range(0, samples, step):
-            here, rest = slice(lo, lo + step), slice(lo, samples)
+        for here, rest, done in triangle(samples, step):
+            lo = rest.start
             pixels = products(workspace, "left", x[here], x[rest])
             deltas = products(workspace, "right", d[here], d[rest])
             pixels = pixels.view(-1, *size, samples - lo, *size)
@@ -173,6 +177,7 @@ class ConvolutionFactors:
                 patches[write + write] += pixels[read + read]
             rows = d.shape[1]
             gram[here, rest] = (patches.view_as(deltas) * deltas).view(-1, rows, samples - lo, rows).sum((1, 3))
+            yield done
         return mirrored(gram).view(self.n, -1, self.n, samples // self.n).sum((1, 3))
 
     def _window(self, axis: int, offset: int, size: int, out_size: int) -> tuple[slice, slice]:

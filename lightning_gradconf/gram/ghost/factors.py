@@ -17,12 +17,15 @@ from torch import Tensor
 
 from lightning_gradconf.gram.ghost.contraction import (
     BLOCK,
+    Form,
     Workspace,
     accumulate,
     by_blocks,
     cheapest,
+    completed,
     mirrored,
     products,
+    triangle,
 )  # fmt: skip
 from lightning_gradconf.gram.ghost.convolution import ConvolutionFactors
 
@@ -108,7 +111,8 @@ class OuterProducts:
         """Return all inner products, ``(n, n)``, by pairs of rows or by gradients, whichever costs less."""
         groups, n, rows, p = self.left.shape
         q = self.right.shape[3]
-        pairs = (n * rows) ** 2 * (p + q + 16) / (2 if n * rows > 512 else 1)
+        parts = -(-n // self._units_at_once)
+        pairs = (n * rows) ** 2 * (p + q + 16) * (1 + 1 / parts) / 2
         formed = n * rows * p * q + n * n * p * q + 8 * n * p * q
         tall = self if p >= q else OuterProducts(self.right, self.left)  # blocks of it are nearer to squares
         forms = {
@@ -117,27 +121,32 @@ class OuterProducts:
         }
         return cheapest(workspace, ("rows", *self.left.shape, q), forms)
 
+    @property
+    def _units_at_once(self) -> int:
+        """Units of which the rows are paired with all others at a time."""
+        _, n, rows, _ = self.left.shape
+        return max(1, BLOCK // max(1, n * rows * rows))
+
     def _formed(self, workspace: Workspace, lo: int, hi: int) -> Tensor:
         if self.left.shape[0] > 1:
             return self.block(lo, hi)
         left, right = self.left[0, ..., lo:hi].transpose(1, 2), self.right[0]
         return torch.bmm(left, right, out=workspace.empty("rows", left, len(left), hi - lo, right.shape[2]))
 
-    def _pairs(self, workspace: Workspace) -> Tensor:
-        _, n, rows, _ = self.left.shape
+    def _pairs(self, workspace: Workspace) -> Form:
+        groups, n, rows, _ = self.left.shape
         gram = self.left.new_zeros(n, n)
-        if rows == 1:
-            for left, right in zip(self.left[:, :, 0], self.right[:, :, 0], strict=True):
-                gram.addcmul_(workspace.square(left), workspace.square(right))
-            return gram
-        step = max(1, BLOCK // max(1, n * rows * rows))
-        for left, right in zip(self.left, self.right, strict=True):
-            for lo in range(0, n, step):
-                here, rest = slice(lo, lo + step), slice(lo, n)
+        for group, (left, right) in enumerate(zip(self.left, self.right, strict=True)):
+            if rows == 1:
+                gram.addcmul_(workspace.square(left[:, 0]), workspace.square(right[:, 0]))
+                yield (group + 1) / groups
+                continue
+            for here, rest, done in triangle(n, self._units_at_once):
                 pairs = products(workspace, "left", left[here], left[rest])
                 pairs *= products(workspace, "right", right[here], right[rest])
-                gram[here, rest] += pairs.view(-1, rows, n - lo, rows).sum((1, 3))
-        return mirrored(gram)
+                gram[here, rest] += pairs.view(-1, rows, n - rest.start, rows).sum((1, 3))
+                yield (group + done) / groups
+        return gram if rows == 1 else mirrored(gram)
 
 
 @dataclass
@@ -297,7 +306,7 @@ def gram_of_sum(parts: Sequence[GradientFactors], workspace: Workspace) -> Tenso
         def block(lo: int, hi: int) -> Tensor:
             return sum((part.block(lo, hi).flatten(1) for part in parts[1:]), first.block(lo, hi).flatten(1))
 
-        return by_blocks(first.n, first.numel, major, block)
+        return completed(by_blocks(first.n, first.numel, major, block))
     gradients = materialize(*parts)
     return gradients @ gradients.T
 

@@ -93,19 +93,21 @@ class Placement:
 
     def _tells_apart(self, x: Tensor, chosen: Place, places: Sequence[Place]) -> bool:
         """Return whether, for any other place, some entry that is not zero would belong to another unit."""
-        if len({place.axis for place in places}) == 1:  # whole slices along it
-            axis = chosen.axis
-            filled = (x != 0).movedim(axis, 0).reshape(x.shape[axis], -1).any(1).nonzero().squeeze(1)
-            coordinates = {axis: filled}
-        else:
-            entries = (x != 0).nonzero()
-            coordinates = {place.axis: entries[:, place.axis] for place in places}
+        axes = {place.axis for place in places}
+        others = [axis for axis in range(x.dim()) if axis not in axes]
+        thin = x[tuple(slice(None) if axis in axes else slice(1) for axis in range(x.dim()))]
 
-        def units(place: Place) -> Tensor:
-            return self._unit_of(coordinates[place.axis], x.shape[place.axis], place)
+        def apart(x: Tensor) -> bool:
+            filled = (x != 0).any(others, keepdim=True) if others else x != 0
+            coordinates = filled.nonzero().T
 
-        mine = units(chosen)
-        return all(bool((units(other) != mine).any()) for other in places if other != chosen)
+            def units(place: Place) -> Tensor:
+                return self._unit_of(coordinates[place.axis], x.shape[place.axis], place)
+
+            mine = units(chosen)
+            return all(bool((units(other) != mine).any()) for other in places if other != chosen)
+
+        return apart(thin) or apart(x)  # few entries mostly are enough
 
     def _unit_of(self, coordinate: Tensor, size: int, place: Place) -> Tensor:
         return coordinate // (size // (place.outer * self.n)) % self.n

@@ -113,7 +113,8 @@ def test_every_form_of_every_convolution(dims, geometry, groups, transposed, sam
         part.gram(Workspace())
     assert set(forms[0]) >= {"unit"} | ({"taps", "shifted", "folded"} if groups == 1 and not transposed else set())
     for name, (_, form) in forms[0].items():
-        torch.testing.assert_close(form(), gram, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+        got = contraction.completed(form())
+        torch.testing.assert_close(got, gram, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
     check_what_all_factors_do(part, torch.stack(want))
 
 
@@ -123,7 +124,7 @@ def test_both_forms_of_outer_products(groups, n, rows, p, q):
     part = OuterProducts(torch.randn(groups, n, rows, p).double(), torch.randn(groups, n, rows, q).double())
     gradients = torch.einsum("gnrp,gnrq->ngpq", part.left, part.right).flatten(1)
     want = gradients @ gradients.T
-    torch.testing.assert_close(part._pairs(Workspace()), want)
+    torch.testing.assert_close(contraction.completed(part._pairs(Workspace())), want)
     torch.testing.assert_close(gram_of_sum([part], Workspace()), want)
     check_what_all_factors_do(part, gradients)
 
@@ -148,21 +149,48 @@ def test_both_forms_of_indexed_rows(n, rows, words, q, seed):
         torch.testing.assert_close(part.gram(Workspace()), want)
 
 
-def test_a_form_that_is_far_slower_is_timed_once(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(contraction.time, "perf_counter", lambda: now[0])
-    ran: list[str] = []
+class Clock:
+    """Forms whose parts take given times on a clock of their own."""
 
-    def form(name: str, *seconds: float) -> tuple[float, Callable[[], Tensor]]:
-        def run() -> Tensor:
-            now[0] += seconds[ran.count(name)]
-            ran.append(name)
-            return torch.zeros(2, 2)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.ran = 0.0, list[str]()
+        monkeypatch.setattr(contraction.time, "perf_counter", lambda: self.now)
 
-        return 1e9, run
+    def form(self, name: str, *attempts: list[float]) -> tuple[float, Callable[[], contraction.Form]]:
+        left = list(attempts)
 
-    workspace = Workspace()
-    forms = {"slow": form("slow", 0.5, 0.0), "new": form("new", 0.012, 0.001), "fast": form("fast", 0.004, 0.003, 0.0)}
+        def parts() -> contraction.Form:
+            times = left.pop(0)
+            for i, seconds in enumerate(times):
+                self.now += seconds
+                self.ran.append(name)
+                yield (i + 1) / len(times)
+            return torch.full((2, 2), float(len(times)))
+
+        return 1e9, parts
+
+
+def test_two_parts_of_each_form_say_which_is_fastest(monkeypatch):
+    clock, workspace = Clock(monkeypatch), Workspace()
+    forms = {
+        "slow": clock.form("slow", [0.9, 0.2, 0.2, 0.2]),
+        "fast": clock.form("fast", [0.5, 0.1, 0.1], [0.1, 0.1, 0.1]),  # the first part meets new memory
+        "whole": clock.form("whole", [0.7]),
+    }
+    assert contraction.cheapest(workspace, "shape", forms)[0, 0] == 3, "what was begun is not completed"
+    assert clock.ran == ["slow", "slow", "fast", "fast", "whole", "fast"]
+    assert workspace.fastest == {"shape": "fast"}
     contraction.cheapest(workspace, "shape", forms)
-    assert ran == ["slow", "new", "fast", "new", "fast"]
+    assert clock.ran[6:] == ["fast"] * 3
+
+
+def test_a_form_of_one_part_is_timed_again_if_it_may_have_been_slow_as_it_was_new(monkeypatch):
+    clock, workspace = Clock(monkeypatch), Workspace()
+    forms = {
+        "slow": clock.form("slow", [0.5]),
+        "new": clock.form("new", [0.012], [0.001]),
+        "fast": clock.form("fast", [0.004]),
+    }
+    contraction.cheapest(workspace, "shape", forms)
+    assert clock.ran == ["slow", "new", "fast", "new"]
     assert workspace.fastest == {"shape": "new"}
