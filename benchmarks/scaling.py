@@ -32,7 +32,7 @@ from torch import multiprocessing, nn
 
 from lightning_gradconf import gradient_gram
 from lightning_gradconf.batches.units import split
-from lightning_gradconf.gram.blockwise import plan
+from lightning_gradconf.gram.blockwise import make_plan
 from lightning_gradconf.gram.objective import objective, sizes
 from lightning_gradconf.gram.ranks.process_group import joined
 from lightning_gradconf.gram.select import gram_of_units
@@ -88,7 +88,7 @@ def point(engine: str, n: int = 32, k: int = 1, width: int = 512, share: float |
 
     budget = None if share is None else int(share * n * p * 4)
     chunk = 1 if engine == "loop" else None
-    passes = n if budget is None else plan(n, sizes(model.parameters()), budget, chunk).passes
+    passes = n if budget is None else make_plan(n, sizes(model.parameters()), budget, chunk).passes
 
     def engines() -> None:
         gradient_gram(model, loss_of, batch, engine=engine, unit_size=k, memory_budget=budget)
@@ -123,7 +123,7 @@ def on_rank(rank: int, ranks: int, folder: str, engine: str, n: int, share: floa
     gram_of_units(*how, memory_budget=budget)  # which proves what it reads
     sent.clear()
     seconds, megabytes = measured(lambda: gram_of_units(*how, memory_budget=budget))
-    passes = n if budget is None else plan(n, sizes(model.parameters()), budget).passes
+    passes = n if budget is None else make_plan(n, sizes(model.parameters()), budget).passes
     result = {"seconds": seconds, "megabytes": megabytes, "sent": sum(sent) / (REPEATS + 2) / 1e6, "parameters": p}
     Path(folder, f"{rank}.json").write_text(json.dumps(result | {"passes": passes}))
     dist.barrier()

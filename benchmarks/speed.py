@@ -56,7 +56,7 @@ def engine(work: Workload | Measured, name: str, used: list[str] | None = None) 
     target, units = objective(work.model, work.loss), split(work.batch, work.unit_size)
 
     def measure() -> Tensor:
-        options: dict[str, Any] = {"dropout": False, "memory_budget": None, "progress": None, "ordinary": None}
+        options: dict[str, Any] = {"dropout": False, "memory_budget": None, "progress": None, "train_batch_size": None}
         found, by = gram_of_units(Ranks(target.device), target, units, work.unit_size, name, **options)
         if used is not None:
             used.append(by)

@@ -25,7 +25,7 @@ from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.objective import objective
 from lightning_gradconf.gram.ranks import data_parallel as distributed
 from lightning_gradconf.gram.ranks import factor_exchange as factors
-from lightning_gradconf.gram.ranks.process_group import Ranks, joined
+from lightning_gradconf.gram.ranks.process_group import Ranks, new_process_group
 from lightning_gradconf.gram.select import gram_of_units
 
 HERE = Path(__file__).parent
@@ -43,7 +43,7 @@ def join(rank: int, ranks: int, backend: str, store: str) -> Ranks:
     if backend == "nccl":
         torch.cuda.set_device(device)
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=ranks)
-    return joined(device)
+    return new_process_group(device)
 
 
 def gram_on_rank(rank: int, ranks: int, backend: str, store: str, out: str) -> None:
@@ -73,7 +73,7 @@ def gram_on_rank(rank: int, ranks: int, backend: str, store: str, out: str) -> N
     decisions = [together.minimum(rank)]
     for failing in range(ranks + 1):
         try:
-            together.on_all(lambda failing=failing: 1 / (rank - failing))
+            together.run_on_all_ranks(lambda failing=failing: 1 / (rank - failing))
             decisions.append("went on")
         except (ZeroDivisionError, RuntimeError) as error:
             decisions.append(type(error).__name__)
@@ -172,9 +172,9 @@ def test_alone_nothing_is_exchanged():
     assert (alone.size, alone.rank) == (1, 0)
     assert alone.minimum(3) == 3
     assert alone.gather([1, 2]) == [1, 2]
-    assert alone.on_all(lambda: "done") == "done"
+    assert alone.run_on_all_ranks(lambda: "done") == "done"
     with pytest.raises(KeyError, match="mine"):
-        alone.on_all(lambda: {}["mine"])
+        alone.run_on_all_ranks(lambda: {}["mine"])
     alone.leave()
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_gradconf.gram.objective import objective
 from lightning_gradconf.gram.ranks import sharded
-from lightning_gradconf.gram.ranks.process_group import joined
+from lightning_gradconf.gram.ranks.process_group import new_process_group
 
 UNITS, RANKS, WIDTH = 5, 2, 6
 
@@ -90,7 +90,7 @@ BUDGETS = (None, "8KB", "13KB")
 def on_rank(rank: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    together = joined(torch.device("cpu"))
+    together = new_process_group(torch.device("cpu"))
     results: dict[str, object] = {}
 
     def grams(module, size=2, patterns="*", **options):
@@ -146,7 +146,7 @@ def on_rank(rank: int, store: str, out: str) -> None:
     with torch.no_grad():  # after which the weights are left gathered
         module(unit(0, rank, 2)[0])
     module.train()
-    sharded.rest(module)
+    sharded.reshard(module)
     results["after evaluation"] = grams(module)
     low = shard(model().float(), {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32})
     half = objective(low, lambda module, batch: loss(module, (batch[0].bfloat16(), batch[1])))

@@ -27,7 +27,7 @@ from lightning_gradconf import GradientConfusionCallback, gradient_gram
 from lightning_gradconf.batches.units import split
 from lightning_gradconf.gram import blockwise as blocks
 from lightning_gradconf.gram import memory_budget as budget
-from lightning_gradconf.gram.blockwise import Plan, blockwise, plan
+from lightning_gradconf.gram.blockwise import Plan, blockwise, make_plan
 from lightning_gradconf.gram.ghost import functorch, rules
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.memory_budget import units_at_once
@@ -66,7 +66,7 @@ def budget_for(module: nn.Module, gradients: float) -> int:
 @settings(deadline=None)
 @given(n=st.integers(2, 200), room=st.integers(2, 250), at_once=st.none() | st.integers(1, 40))
 def test_plans_fit_and_cover_every_pair_once(n, room, at_once):
-    made = plan(n, [60, 40], room * 100 + 60, at_once)
+    made = make_plan(n, [60, 40], room * 100 + 60, at_once)
     if made.block < n:
         assert made.block + made.chunk + (made.chunk > 1) <= room
         assert made.block % made.chunk == 0
@@ -86,8 +86,8 @@ def test_plans_fit_and_cover_every_pair_once(n, room, at_once):
 def test_a_budget_for_less_than_two_gradients_says_what_would_do():
     words = r"budget of 0\.0025 MB has no room for two gradients of 0\.001 MB.* allow 0\.0026 MB.*parameters=.*ghost"
     with pytest.raises(ValueError, match=words):
-        plan(10, [400, 600], 2500)
-    assert plan(10, [400, 600], 2600) == Plan(1, 1, 55)
+        make_plan(10, [400, 600], 2500)
+    assert make_plan(10, [400, 600], 2600) == Plan(1, 1, 55)
     with pytest.raises(ValueError, match="no room for two gradients"):
         gradient_gram(mlp(), loss, batch(), engine="loop", memory_budget=100)
 
@@ -246,8 +246,8 @@ def test_auto_takes_the_engine_whose_passes_fit(together, used):
     units = [(x[i : i + 2], y[i : i + 2]) for i in range(0, N, 2)]
     target = objective(mlp(), loss)
     with MeasurementMode(running_statistics=False, dropout=False):
-        room = max(4 * together * budget._kept(target, units[0]), blocks.least(sizes(mlp().parameters())))
-    grams, name = gram_of_units(RANKS, target, units, 2, memory_budget=room, ordinary=2)
+        room = max(4 * together * budget._kept(target, units[0]), blocks.min_budget(sizes(mlp().parameters())))
+    grams, name = gram_of_units(RANKS, target, units, 2, memory_budget=room, train_batch_size=2)
     assert name == used
     whole, _ = gram_of_units(RANKS, target, units, 2, "loop")
     torch.testing.assert_close(grams, whole, rtol=1e-12, atol=1e-12)

@@ -32,7 +32,7 @@ class Plan(NamedTuple):
     passes: int
 
 
-def plan(n: int, sizes: Sequence[int], budget: int | None, at_once: int | None = None) -> Plan:
+def make_plan(n: int, sizes: Sequence[int], budget: int | None, at_once: int | None = None) -> Plan:
     """Return how to make the Gram of ``n`` gradients within ``budget`` bytes.
 
     Where an ordinary pass holds the parameters' gradients, engines hold copies of the parameters; beside these they
@@ -47,36 +47,36 @@ def plan(n: int, sizes: Sequence[int], budget: int | None, at_once: int | None =
     Raises:
         ValueError: The budget has no room for two gradients.
 
-    >>> plan(n=32, sizes=[2 * 10**8, 8 * 10**8], budget=10**10)
+    >>> make_plan(n=32, sizes=[2 * 10**8, 8 * 10**8], budget=10**10)
     Plan(block=8, chunk=1, passes=80)
     """
     size, largest = sum(sizes), max(sizes)
-    room = n + 1 if budget is None else (budget - largest) // max(1, size)
-    if room > n:
+    fitting = n + 1 if budget is None else (budget - largest) // max(1, size)
+    if fitting > n:
         return Plan(n, min(at_once or n, n), n)
-    if room < 2:
+    if fitting < 2:
         raise ValueError(
             f"a memory budget of {megabytes(budget or 0)} has no room for two gradients of {megabytes(size)}, which it "
-            f"takes to compare them; allow {megabytes(least(sizes))}, measure fewer parameters (parameters=), or use "
-            "engine='ghost', which holds none where it applies"
+            f"takes to compare them; allow {megabytes(min_budget(sizes))}, measure fewer parameters (parameters=), or "
+            "use engine='ghost', which holds none where it applies"
         )
-    chunk = min(at_once or max(1, room // 8), max(1, room // 3))
-    block = (room - chunk - (chunk > 1)) // chunk * chunk
-    made = Plan(block, chunk, sum(n - start for start in range(0, n, block)))
-    _say_once(n, size, made)
-    return made
+    chunk = min(at_once or max(1, fitting // 8), max(1, fitting // 3))
+    block = (fitting - chunk - (chunk > 1)) // chunk * chunk
+    plan = Plan(block, chunk, sum(n - start for start in range(0, n, block)))
+    _say_once(n, size, plan)
+    return plan
 
 
-def least(sizes: Sequence[int]) -> int:
-    """Return the smallest budget that `plan` takes, in bytes."""
+def min_budget(sizes: Sequence[int]) -> int:
+    """Return the smallest budget that `make_plan` takes, in bytes."""
     return 2 * sum(sizes) + max(sizes)
 
 
 @lru_cache(maxsize=256)
-def _say_once(n: int, size: int, made: Plan) -> None:
+def _say_once(n: int, size: int, plan: Plan) -> None:
     log.info(
-        f"{n} gradients of {megabytes(size)} do not fit the memory budget: {made.block} are held at a time, and the "
-        f"others computed again to be paired with them, {made.passes / n - 1:.1f} extra passes over the units. Raise "
+        f"{n} gradients of {megabytes(size)} do not fit the memory budget: {plan.block} are held at a time, and the "
+        f"others computed again to be paired with them, {plan.passes / n - 1:.1f} extra passes over the units. Raise "
         "memory_budget or lower num_units to be faster."
     )
 
@@ -84,7 +84,7 @@ def _say_once(n: int, size: int, made: Plan) -> None:
 def blockwise(
     n: int,
     compute: Callable[[int, int], Rows],
-    made: Plan,
+    plan: Plan,
     *,
     ranks: int = 1,
     pieces: Callable[[Rows], Iterator[tuple[str, Tensor]]] | None = None,
@@ -95,7 +95,7 @@ def blockwise(
     Args:
         n: The units of this rank.
         compute: The gradients of this rank's units from one number to another, ``{parameter name: (units, numel)}``.
-        made: The plan.
+        plan: The plan.
         ranks: How many ranks' units are compared.
         pieces: What turns gradients of this rank into pieces of those of all, ``(ranks, units, columns)``, in the same
             order each time; the Grams of the pieces of a parameter add up.
@@ -112,11 +112,11 @@ def blockwise(
         if i != j:
             grams[name][:, j, :, i] += product.permute(2, 3, 0, 1)
 
-    for low in range(0, n, made.block):
-        block = slice(low, min(low + made.block, n))
+    for low in range(0, n, plan.block):
+        block = slice(low, min(low + plan.block, n))
         held: list[tuple[str, Tensor]] = []
-        for start in range(low, n, made.chunk):
-            chunk = slice(start, min(start + made.chunk, n))
+        for start in range(low, n, plan.chunk):
+            chunk = slice(start, min(start + plan.chunk, n))
             for k, (name, piece) in enumerate((pieces or _alone)(compute(chunk.start, chunk.stop))):
                 if chunk == block:
                     add(name, piece, piece, block, block)
@@ -133,19 +133,19 @@ def blockwise(
                     add(name, piece, piece, block, block)
             done += chunk.stop - start
             if progress is not None:
-                progress(done, made.passes)
+                progress(done, plan.passes)
     return {name: gram.view(ranks * n, ranks * n) for name, gram in grams.items()}
 
 
 def repeatable(
-    gradients: Callable[[Sequence[Any]], Rows], units: Sequence[Any], made: Plan
+    gradients: Callable[[Sequence[Any]], Rows], units: Sequence[Any], plan: Plan
 ) -> Callable[[int, int], Rows]:
     """Return what computes the gradients of some units, the second time with the random numbers of the first.
 
     Raises:
         RuntimeError: (by what is returned) A gradient is another one the second time.
     """
-    if made.passes == len(units):
+    if plan.passes == len(units):
         return lambda start, stop: gradients(units[start:stop])
     before: dict[int, list[tuple[Callable[[Any], Any], Any]]] = {}
     norms: dict[int, Tensor] = {}

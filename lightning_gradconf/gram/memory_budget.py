@@ -83,17 +83,18 @@ def bytes_for_gradients(
 
 
 def units_at_once(
-    target: Objective, units: Sequence[Any], unit_size: int | None, usual: int | None, budget: int | None
+    target: Objective, units: Sequence[Any], unit_size: int | None, train_batch_size: int | None, budget: int | None
 ) -> int:
     """Return how many units may go through one forward and backward pass.
 
-    All, if they are no more samples than an ordinary pass has, ``usual``. If they are more, those whose activations
-    take a small part of the budget; a forward pass of one unit tells their size.
+    All, if they are no more samples than an ordinary pass has, ``train_batch_size``. If they are more, those whose
+    activations take a small part of the budget; a forward pass of one unit tells their size.
     """
     n = len(units)
-    if budget is None or unit_size is None or usual is None or n * unit_size <= usual:
+    if budget is None or unit_size is None or train_batch_size is None or n * unit_size <= train_batch_size:
         return n
-    return min(n, max(1, usual // unit_size, int(_PART_OF_PASSES * budget) // max(1, _kept(target, units[0]))))
+    fitting = int(_PART_OF_PASSES * budget) // max(1, _kept(target, units[0]))
+    return min(n, max(1, train_batch_size // unit_size, fitting))
 
 
 def _kept(target: Objective, unit: Any) -> int:

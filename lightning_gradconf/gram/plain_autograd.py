@@ -35,7 +35,7 @@ def disagreement(
 
     def loss_fn(module: Any, batch: Any) -> Tensor:
         loss = objective.loss_fn(module, batch)
-        kinds.update(graphs.precisions(loss.grad_fn))
+        kinds.update(graphs.precisions(graphs.nodes(loss.grad_fn)))
         return loss
 
     before = _drawn(objective.device)

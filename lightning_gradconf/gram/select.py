@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_gradconf.batches.units import num_samples, split
 from lightning_gradconf.gram import loop, vmap
-from lightning_gradconf.gram.blockwise import Progress, Rows, least, plan, repeatable
+from lightning_gradconf.gram.blockwise import Progress, Rows, make_plan, min_budget, repeatable
 from lightning_gradconf.gram.findings import Findings, findings_of
 from lightning_gradconf.gram.ghost import engine as ghost
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
@@ -117,7 +117,7 @@ def gram_of_units(
     dropout: bool = False,
     memory_budget: int | str | None = None,
     progress: Progress | None = None,
-    ordinary: int | None = None,
+    train_batch_size: int | None = None,
 ) -> tuple[dict[str, Tensor], str]:
     """Return the Gram ``(ranks * n, ranks * n)`` of each parameter in rank order, and the engine that made them.
 
@@ -133,19 +133,19 @@ def gram_of_units(
         dropout: Leave dropout on.
         memory_budget: What each rank may fill with gradients; all follow the plan of the least.
         progress: Called while gradients are computed one after the other, with their number so far and in all.
-        ordinary: Samples in an ordinary pass, if all units together may be too many for one.
+        train_batch_size: Samples in an ordinary pass, if all units together may be too many for one.
     """
     if engine != "auto" and engine not in _ENGINES:
         raise ValueError(f"engine={engine!r} is not one of 'auto', {', '.join(map(repr, _ENGINES))}")
     bytes_of_each = sizes(objective.parameters.values())
-    budget = agreed_budget(ranks, memory_budget, least(bytes_of_each))
+    budget = agreed_budget(ranks, memory_budget, min_budget(bytes_of_each))
     mode = MeasurementMode(running_statistics=unit_size == 1, dropout=dropout)
     findings = findings_of(objective.module, objective.loss_fn)
     with ExitStack() as stack:
         with mode:
             objective = stack.enter_context(answered(objective, units[0]))
-            fits = lambda: units_at_once(objective, units, unit_size, ordinary, budget)  # noqa: E731
-            together = len(units) if engine == "loop" else ranks.minimum(ranks.on_all(fits))
+            fits = lambda: units_at_once(objective, units, unit_size, train_batch_size, budget)  # noqa: E731
+            together = len(units) if engine == "loop" else ranks.minimum(ranks.run_on_all_ranks(fits))
         call = _Call(ranks, objective, units, engine, mode, findings, budget, together, progress)
         return call.by_first_that_can() if engine == "auto" else (call.by(engine), engine)
 
@@ -197,19 +197,21 @@ class _Call:
         how = (self.objective, self.units, self.mode, self.findings, self.budget)
         if self.ranks.size == 1:
             return ghost.unit_grams(*how)
-        factors = self.ranks.on_all(lambda: ghost.unit_factors(*how))
+        factors = self.ranks.run_on_all_ranks(lambda: ghost.unit_factors(*how))
         workspace = self.findings.workspace
         return gram_of_factors(self.ranks, self.objective.parameters, factors, len(self.units), workspace)
 
     def _by_gradients(self, differentiator: Differentiator, at_once: int | None) -> dict[str, Tensor]:
         bytes_of_each = sizes(self.objective.parameters.values())
-        made = plan(len(self.units), bytes_of_each, self.budget, at_once)
-        if self.engine == "auto" and at_once is None and made.chunk == 1 and made.block < len(self.units):
+        plan = make_plan(len(self.units), bytes_of_each, self.budget, at_once)
+        if self.engine == "auto" and at_once is None and plan.chunk == 1 and plan.block < len(self.units):
             raise RuntimeError("the memory budget has no room for gradients of several units beside those held")
         with self.mode:
-            gradients = repeatable(self.ranks.on_all(lambda: differentiator(self.objective)), self.units, made)
-            compute = lambda i, j: self.ranks.on_all(lambda: gradients(i, j))  # noqa: E731
-            return contract(self.ranks, len(self.units), compute, made, sum(bytes_of_each), self.progress)
+            gradients = repeatable(
+                self.ranks.run_on_all_ranks(lambda: differentiator(self.objective)), self.units, plan
+            )
+            compute = lambda i, j: self.ranks.run_on_all_ranks(lambda: gradients(i, j))  # noqa: E731
+            return contract(self.ranks, len(self.units), compute, plan, sum(bytes_of_each), self.progress)
 
     def _reason_to_skip(self, engine: str) -> str | None:
         """Return why an engine need not be tried, None if it may work."""

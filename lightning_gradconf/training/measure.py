@@ -39,7 +39,7 @@ def measured_now(session: Session, batch: Any, batch_idx: int, step: int) -> lis
     trainer, module, ranks = session.trainer, session.module, session.ranks
     session.schedule.owed = True  # until there is a measurement
     if session.sharded:
-        sharded.rest(module)
+        sharded.reshard(module)
     session.loss.batch_idx, session.loss.skipped = batch_idx, True
     before = digests(trainer, module) if session.settings.verify and session.n is None else {}
     feed = feed_of(trainer, module)
@@ -47,9 +47,9 @@ def measured_now(session: Session, batch: Any, batch_idx: int, step: int) -> lis
         units = _units(session, feed, batch, batch_idx, step)
         if enough := units is not None and len(units) >= _fewest_units(session):
             classes = _classes(session, units)
-            unit_size, ordinary = units[0].size, session.source.samples_of(feed, batch, batch_idx)
+            unit_size, train_batch_size = units[0].size, session.source.samples_of(feed, batch, batch_idx)
             parts = _objectives(session, units[0], unit_size)
-            grams = [_grams(session, part, units, unit_size, ordinary) for part in parts]
+            grams = [_grams(session, part, units, unit_size, train_batch_size) for part in parts]
     if before and not _left_no_trace(session, before):
         return []
     if units is None:
@@ -75,7 +75,7 @@ def _isolated(session: Session, feed: Feed) -> Iterator[None]:
     """Let nothing in this context reach the run; a rank that cannot set it up takes the others with it."""
     with ExitStack() as stack:
         isolation = feed.isolated(session.source.reads(feed))
-        session.ranks.on_all(lambda: stack.enter_context(isolation))
+        session.ranks.run_on_all_ranks(lambda: stack.enter_context(isolation))
         if session.loss.manual is not None:
             stack.enter_context(session.loss.manual.inert())
         yield
@@ -89,7 +89,7 @@ def _units(session: Session, feed: Feed, batch: Any, batch_idx: int, step: int) 
             return None
         return session.source.units(feed, session.n or session.settings.num_units, step)
 
-    units = session.ranks.on_all(prepare)
+    units = session.ranks.run_on_all_ranks(prepare)
     n = session.ranks.minimum(-1 if units is None else len(units))
     return None if units is None or n < 0 else units[len(units) - n :]
 
@@ -104,23 +104,25 @@ def _classes(session: Session, units: Sequence[Unit]) -> list[int]:
     labels = session.settings.labels
     if labels is None:
         return []
-    return session.ranks.on_all(lambda: [class_of(unit.batch, labels) for unit in units])
+    return session.ranks.run_on_all_ranks(lambda: [class_of(unit.batch, labels) for unit in units])
 
 
 def _objectives(session: Session, unit: Unit, unit_size: int | None) -> list[StepObjective]:
     """Return the losses of this step, as many as on each other rank, with the parameters each is measured for."""
     settings, ranks = session.settings, session.ranks
-    layers = MeasurementMode(running_statistics=unit_size == 1, dropout=settings.dropout)
-    found = ranks.on_all(lambda: objectives(session.loss, session.module, settings.parameters, unit.batch, layers))
+    mode = MeasurementMode(running_statistics=unit_size == 1, dropout=settings.dropout)
+    found = ranks.run_on_all_ranks(
+        lambda: objectives(session.loss, session.module, settings.parameters, unit.batch, mode)
+    )
     return found if session.loss.manual is None else found[: ranks.minimum(len(found))]
 
 
 def _grams(
-    session: Session, part: StepObjective, units: Sequence[Unit], unit_size: int | None, ordinary: int | None
+    session: Session, part: StepObjective, units: Sequence[Unit], unit_size: int | None, train_batch_size: int | None
 ) -> tuple[dict[str, Tensor], str]:
     """Return the Gram of each parameter for one loss of the step, and the engine that computed them.
 
-    ``ordinary`` is the number of samples in a batch of the training, None if they cannot be told.
+    ``train_batch_size`` is the number of samples in a batch of the training, None if they cannot be told.
     """
     batches, target, engine = [unit.batch for unit in units], part.target, session.settings.engine
     with shown(session.trainer) as progress:
@@ -131,7 +133,9 @@ def _grams(
         }
         if session.sharded:
             return sharded.gram_of_units(session.ranks, target, batches, unit_size, **options), "loop"
-        return gram_of_units(session.ranks, target, batches, unit_size, engine, ordinary=ordinary, **options)
+        return gram_of_units(
+            session.ranks, target, batches, unit_size, engine, train_batch_size=train_batch_size, **options
+        )
 
 
 def _left_no_trace(session: Session, before: dict[str, bytes]) -> bool:

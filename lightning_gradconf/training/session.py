@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_gradconf.batches.loaders import loaders_in
 from lightning_gradconf.batches.sources import Source
-from lightning_gradconf.gram.ranks.process_group import Ranks, joined
+from lightning_gradconf.gram.ranks.process_group import Ranks, new_process_group
 from lightning_gradconf.gram.ranks.sharded import is_sharded
 from lightning_gradconf.gram.select import in_words
 from lightning_gradconf.reports.report import Measurement, Report
@@ -99,7 +99,7 @@ class Session:
         self.source = Source(
             settings.source, settings.unit_size, settings.num_units, settings.seed, over_batches, fixed
         )
-        self.ranks = joined(module.device, collective_timeout(trainer)) if several else Ranks(module.device)
+        self.ranks = new_process_group(module.device, collective_timeout(trainer)) if several else Ranks(module.device)
         manual = None if module.automatic_optimization or settings.loss_fn else ManualOptimization(trainer, module)
         self.loss = StepLoss(trainer, settings.loss_fn, manual)
         self.reports: dict[str, Report] = {}
@@ -169,7 +169,7 @@ class Session:
     def _is_wanted(self) -> bool:
         """Return whether ``should_measure`` agrees on all ranks; if not, the next due step asks again."""
         try:
-            wanted = self.ranks.on_all(lambda: bool(self.settings.should_measure(self.trainer)))
+            wanted = self.ranks.run_on_all_ranks(lambda: bool(self.settings.should_measure(self.trainer)))
         except Exception as error:
             self._count_failure(error)
             return False

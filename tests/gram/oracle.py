@@ -92,7 +92,7 @@ def measure(
 ) -> tuple[Grams, str]:
     """Return the Gram of each parameter, and the engine that made them; the module is left as it was."""
     target = objective(module, loss_fn)
-    options = {"dropout": False, "memory_budget": None, "progress": None, "ordinary": None} | options
+    options = {"dropout": False, "memory_budget": None, "progress": None, "train_batch_size": None} | options
     with untouched(module):
         return gram_of_units(Ranks(torch.device("cpu")), target, split(batch, unit_size), unit_size, engine, **options)
 

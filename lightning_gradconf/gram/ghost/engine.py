@@ -25,8 +25,9 @@ from lightning_gradconf.gram.findings import Findings, Places
 from lightning_gradconf.gram.ghost import graph as graphs
 from lightning_gradconf.gram.ghost import lstm
 from lightning_gradconf.gram.ghost.accumulator import Accumulator
-from lightning_gradconf.gram.ghost.factors import Dense, GradientFactors, gram_of_sum, joined, reordered
+from lightning_gradconf.gram.ghost.factors import Dense, GradientFactors, gram_of_sum
 from lightning_gradconf.gram.ghost.graph import Graph
+from lightning_gradconf.gram.ghost.joining import joined, reordered
 from lightning_gradconf.gram.ghost.nodes import shapes
 from lightning_gradconf.gram.ghost.search import search
 from lightning_gradconf.gram.ghost.unit_losses import Forward, forward
@@ -237,7 +238,7 @@ class _Measurement:
         """Return what a pass with units in these places brings, its proof, and the parameters that failed it."""
         losses, number = forward.losses, self.findings.measurements
         weights = random_weights(losses, number)
-        precision = max(graphs.precisions(losses.grad_fn), key=lambda kind: torch.finfo(kind).eps)
+        precision = max(graphs.precisions(graph.order), key=lambda kind: torch.finfo(kind).eps)
         wanted = _gradients(losses, graph, weights)
         proof = Proof(weights, wanted, number % len(self.units), precision)
         found = self._accumulator(graph, places, proof)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -274,13 +273,6 @@ class Multiples:
 
 
 GradientFactors = Dense | Multiples | OuterProducts | IndexedRows | ConvolutionFactors
-# The tensors of each kind: along which dimension units lie, and along which more rows of zeros change nothing.
-TENSORS: dict[type, dict[str, tuple[int, int | None]]] = {
-    Dense: {"gradients": (0, None)},
-    OuterProducts: {"left": (1, 2), "right": (1, 2)},
-    IndexedRows: {"index": (0, 1), "values": (0, 1)},
-    ConvolutionFactors: {"input": (0, None), "delta": (0, None)},
-}
 
 
 def materialize(*parts: GradientFactors) -> Tensor:
@@ -309,45 +301,3 @@ def gram_of_sum(parts: Sequence[GradientFactors], workspace: Workspace) -> Tenso
         return completed(by_blocks(first.n, first.numel, major, block))
     gradients = materialize(*parts)
     return gradients @ gradients.T
-
-
-def joined(groups: Sequence[Sequence[GradientFactors]]) -> list[GradientFactors]:
-    """Return the factors of one parameter over the units of several groups, each in a pass of its own."""
-    if len(groups) == 1:
-        return list(groups[0])
-    if len({tuple(map(type, parts)) for parts in groups}) == 1:
-        try:
-            return [_joined(same) for same in zip(*groups, strict=True)]
-        except RuntimeError:  # tensors of other shapes, such as images of other sizes
-            pass
-    return [Dense(torch.cat([materialize(*parts) for parts in groups]))]
-
-
-def _joined(parts: Sequence[GradientFactors]) -> GradientFactors:
-    found: dict[str, Any] = {}
-    for name, (units, rows) in TENSORS[type(parts[0])].items():
-        tensors = [getattr(part, name) for part in parts]
-        most = None if rows is None else max(tensor.shape[rows] for tensor in tensors)
-        found[name] = torch.cat([with_rows(tensor, rows, most) for tensor in tensors], units)
-    if isinstance(parts[0], ConvolutionFactors):
-        found["n"] = sum(part.n for part in parts)
-    return replace(parts[0], **found)
-
-
-def with_rows(tensor: Tensor, dimension: int | None, rows: int | None) -> Tensor:
-    """Return a tensor with rows of zeros added along a dimension, up to a number of them."""
-    if dimension is None or rows is None or tensor.shape[dimension] == rows:
-        return tensor
-    more = list(tensor.shape)
-    more[dimension] = rows - tensor.shape[dimension]
-    return torch.cat([tensor, tensor.new_zeros(more)], dimension)
-
-
-def reordered(part: GradientFactors, order: Tensor) -> GradientFactors:
-    """Return the factors with their units in another order."""
-    found: dict[str, Any] = {}
-    for name, (units, _) in TENSORS[type(part)].items():
-        tensor = getattr(part, name)
-        samples = torch.unflatten(tensor, units, (part.n, -1))
-        found[name] = samples.index_select(units, order.to(tensor.device)).flatten(units, units + 1)
-    return replace(part, **found)

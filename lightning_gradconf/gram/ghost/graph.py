@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -89,7 +89,7 @@ def read(
     graph = Graph()
     known: dict[Node, Free] = {}
     used: dict[Node, bool] = {}  # whether a node or one below it has a use
-    for position, node in enumerate(_leaves_first(root)):
+    for position, node in enumerate(nodes(root)):
         graph.order.append(node)
         if (leaf := variable(node)) is not None:
             if (name := names.get(id(leaf))) is not None:
@@ -154,16 +154,17 @@ def shape(edge: Edge) -> tuple[int, ...]:
 
 def leaves(root: Node | None) -> list[Tensor]:
     """Return the leaves that a graph ends at."""
-    return [leaf for node in _leaves_first(root) if (leaf := variable(node)) is not None]
+    return [leaf for node in nodes(root) if (leaf := variable(node)) is not None]
 
 
-def precisions(root: Node | None) -> set[torch.dtype]:
-    """Return the floating-point types of all results in a graph."""
-    kinds = {kind for node in _leaves_first(root) if variable(node) is None for kind in dtypes(node)}
+def precisions(nodes: Iterable[Node]) -> set[torch.dtype]:
+    """Return the floating-point types of the results of nodes."""
+    kinds = {kind for node in nodes if variable(node) is None for kind in dtypes(node)}
     return {kind for kind in kinds if kind.is_floating_point}
 
 
-def _leaves_first(root: Node | None) -> list[Node]:
+def nodes(root: Node | None) -> list[Node]:
+    """Return all nodes of a graph, operands first."""
     order: list[Node] = []
     seen: set[Node] = set()
     todo: list[tuple[Node | None, bool]] = [(root, False)]

@@ -14,8 +14,9 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_gradconf.gram.findings import Places
 from lightning_gradconf.gram.ghost import graph as graphs
-from lightning_gradconf.gram.ghost.factors import TENSORS, GradientFactors
+from lightning_gradconf.gram.ghost.factors import GradientFactors
 from lightning_gradconf.gram.ghost.graph import Graph
+from lightning_gradconf.gram.ghost.joining import TENSORS
 from lightning_gradconf.gram.ghost.nodes import shapes
 from lightning_gradconf.gram.ghost.placement import Placement
 from lightning_gradconf.gram.ghost.rules import factors_of

@@ -30,7 +30,7 @@ def gram_of_factors(
 ) -> dict[str, Tensor]:
     """Return the Gram ``(ranks * n, ranks * n)`` of each parameter, from the factors of this rank's n gradients."""
     with torch._C.DisableTorchFunction(), torch.no_grad():
-        grams = ranks.on_all(lambda: partial_grams(ranks, factors, workspace))
+        grams = ranks.run_on_all_ranks(lambda: partial_grams(ranks, factors, workspace))
     size = ranks.size * n
     for name, p in parameters.items():  # another rank's
         if name not in grams:
@@ -40,7 +40,7 @@ def gram_of_factors(
 
 def agreed_budget(ranks: Ranks, memory_budget: int | str | None, smallest: int) -> int:
     """Return the least of what the ranks may fill with gradients, so that all make the same plan."""
-    budget = ranks.on_all(lambda: bytes_for_gradients(memory_budget, smallest, ranks.device, ranks.size))
+    budget = ranks.run_on_all_ranks(lambda: bytes_for_gradients(memory_budget, smallest, ranks.device, ranks.size))
     return ranks.minimum(_UNBOUNDED if budget is None else budget)
 
 
@@ -48,7 +48,7 @@ def contract(
     ranks: Ranks,
     n: int,
     compute: Callable[[int, int], Rows],
-    made: Plan,
+    plan: Plan,
     size: int,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
@@ -58,8 +58,8 @@ def contract(
     gradient, of ``size`` bytes.
     """
     # For what is sent, what is received, and the copy that pads a parameter to a multiple of the ranks.
-    slices = None if ranks.size == 1 else partial(_exchange, ranks, width=max(size // 3, 1 << 20) // made.chunk)
-    return ranks.add_up(blockwise(n, compute, made, ranks=ranks.size, pieces=slices, progress=progress))
+    slices = None if ranks.size == 1 else partial(_exchange, ranks, width=max(size // 3, 1 << 20) // plan.chunk)
+    return ranks.add_up(blockwise(n, compute, plan, ranks=ranks.size, pieces=slices, progress=progress))
 
 
 def _exchange(ranks: Ranks, rows: Rows, width: int) -> Iterator[tuple[str, Tensor]]:

@@ -18,14 +18,8 @@ from torch import distributed as dist
 
 from lightning_gradconf.gram.ghost.contraction import Workspace
 from lightning_gradconf.gram.ghost.convolution import ConvolutionFactors
-from lightning_gradconf.gram.ghost.factors import (
-    TENSORS,
-    Dense,
-    GradientFactors,
-    gram_of_sum,
-    materialize,
-    with_rows,
-)  # fmt: skip
+from lightning_gradconf.gram.ghost.factors import Dense, GradientFactors, gram_of_sum, materialize
+from lightning_gradconf.gram.ghost.joining import TENSORS, with_rows
 from lightning_gradconf.gram.ranks.process_group import Ranks
 
 Factors = dict[str, list[GradientFactors]]

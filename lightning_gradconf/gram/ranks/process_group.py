@@ -53,7 +53,7 @@ class Ranks:
         dist.all_gather_object(found, values, group=self.group)
         return list(chain.from_iterable(found))
 
-    def on_all(self, action: Callable[[], Result]) -> Result:
+    def run_on_all_ranks(self, action: Callable[[], Result]) -> Result:
         """Return ``action()`` if it succeeds on all ranks; where it fails on one, raise on all.
 
         Every rank takes part, so that none waits for another that has given up.
@@ -87,7 +87,7 @@ class Ranks:
             dist.destroy_process_group(self.group)
 
 
-def joined(device: torch.device, timeout: timedelta | None = None) -> Ranks:
+def new_process_group(device: torch.device, timeout: timedelta | None = None) -> Ranks:
     """Return all processes, in a group of their own: what measuring sends never gets between what training sends.
 
     Args:

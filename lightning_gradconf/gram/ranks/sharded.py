@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from lightning_gradconf.batches.units import copy_of
-from lightning_gradconf.gram.blockwise import Progress, Rows, blockwise, least, plan, repeatable
+from lightning_gradconf.gram.blockwise import Progress, Rows, blockwise, make_plan, min_budget, repeatable
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.module_state import rewinder
 from lightning_gradconf.gram.objective import Objective, as_rows, checked, empty_rows, run_backward, sizes
@@ -36,7 +36,7 @@ def reason_not_to_measure(module: nn.Module) -> str | None:
     """Return why the parameters' shards cannot be read and what to do about it, None if they can."""
     from torch.distributed.tensor import DTensor, Shard
 
-    rest(module)
+    reshard(module)
     managed = {id(p) for part in _sharded_parts(module) for p in part.parameters()}
     for name, p in module.named_parameters():
         if not p.requires_grad:
@@ -49,7 +49,7 @@ def reason_not_to_measure(module: nn.Module) -> str | None:
     return None
 
 
-def rest(module: nn.Module) -> None:
+def reshard(module: nn.Module) -> None:
     """Release what is gathered, so that the module's parameters are the shards: after a forward pass some are not."""
     for part in _sharded_parts(module):
         part.reshard()
@@ -77,7 +77,7 @@ def gram_of_units(
     """
     n = len(units)
     shards = sizes(_largest_shard(p) for p in target.parameters.values())
-    made = plan(n, shards, agreed_budget(ranks, memory_budget, least(shards)), at_once=1)
+    plan = make_plan(n, shards, agreed_budget(ranks, memory_budget, min_budget(shards)), at_once=1)
     mode = MeasurementMode(running_statistics=unit_size == 1, dropout=dropout)
     with mode, _apart(target.module) as put_back:
 
@@ -86,8 +86,8 @@ def gram_of_units(
             put_back()
             return rows
 
-        compute = repeatable(gradients, units, made)
-        grams = blockwise(n, lambda i, j: ranks.on_all(lambda: compute(i, j)), made, progress=progress)
+        compute = repeatable(gradients, units, plan)
+        grams = blockwise(n, lambda i, j: ranks.run_on_all_ranks(lambda: compute(i, j)), plan, progress=progress)
     return ranks.add_up(grams)
 
 
@@ -95,7 +95,7 @@ def _gradients(ranks: Ranks, target: Objective, units: Sequence[Any]) -> Rows:
     """Return this rank's shards of the gradient of one unit, ``(1, numel)``."""
     (unit,) = units
     # That all ranks have a loss is agreed upon before any of them waits for the others in the backward pass.
-    loss = ranks.on_all(lambda: checked(target.loss_fn(target.module, copy_of(unit))))
+    loss = ranks.run_on_all_ranks(lambda: checked(target.loss_fn(target.module, copy_of(unit))))
     run_backward(loss, (), keep_graph=False)
     rows = {
         name: empty_rows(_local(p), 1) if p.grad is None else as_rows(_local(p.grad), 1)
@@ -117,7 +117,7 @@ def _apart(module: nn.Module) -> Iterator[Callable[[], None]]:
     rewind = rewinder(module)
 
     def put_back() -> None:
-        rest(module)
+        reshard(module)
         rewind()
         for buffer, saved in buffers:
             buffer.data.copy_(saved)
@@ -138,7 +138,7 @@ def _apart(module: nn.Module) -> Iterator[Callable[[], None]]:
 
 def _forget_pass(module: nn.Module) -> None:
     """Bring a module that stopped in the middle of a pass to where one starts; the public names have no way to."""
-    rest(module)
+    reshard(module)
     for part in _sharded_parts(module):
         state = part._get_fsdp_state()
         state._state_ctx.iter_forward_root = None

@@ -20,10 +20,9 @@ from lightning_gradconf.gram.ghost.factors import (
     Multiples,
     OuterProducts,
     gram_of_sum,
-    joined,
     materialize,
-    reordered,
 )  # fmt: skip
+from lightning_gradconf.gram.ghost.joining import joined, reordered
 
 
 def check_what_all_factors_do(part: GradientFactors, gradients: Tensor) -> None:
