@@ -47,14 +47,21 @@ def split(batch: Any, unit_size: int, num_units: int | None = None) -> list[Any]
     return cut(batch, assume(batch), {WHOLE: unit_size}, num_units)
 
 
-def stack(units: Sequence[Any]) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+def stack(
+    units: Sequence[Any], other: Callable[[list[Any], str], Any] | None = None
+) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
     """Return the tensors of ``units`` as tensors ``(n, k, ...)``, and the function from one row of each to a unit.
 
+    Args:
+        units: Batches of one structure.
+        other: What stands for the parts of all units that are no tensor and differ, given where they are.
+
     Raises:
-        ValueError: The units differ in the shape of a tensor or in something that is no tensor.
+        ValueError: The units differ in the shape of a tensor, or without ``other`` in something that is no tensor.
     """
     columns = list(zip(*(list(leaves(unit)) for unit in units), strict=True))
     tensors = []
+    others: list[Any] = []
     for column in columns:
         path, first = column[0]
         found = [leaf for _, leaf in column]
@@ -63,12 +70,16 @@ def stack(units: Sequence[Any]) -> tuple[list[Tensor], Callable[[Sequence[Tensor
                 shapes = sorted({tuple(leaf.shape) for leaf in found})
                 raise ValueError(f"{path} has different shapes in different units: {shapes}")
             tensors.append(torch.stack(found))
-        elif not all(same(leaf, first) for leaf in found):
+        elif all(same(leaf, first) for leaf in found):
+            others.append(first)
+        elif other is not None:
+            others.append(other(found, path))
+        else:
             raise ValueError(f"{path} is no tensor and differs between units")
 
     def unit(rows: Sequence[Tensor]) -> Any:
-        remaining = iter(rows)
-        return map_leaves(lambda leaf: next(remaining) if isinstance(leaf, Tensor) else leaf, units[0])
+        remaining, constant = iter(rows), iter(others)
+        return map_leaves(lambda leaf: next(remaining if isinstance(leaf, Tensor) else constant), units[0])
 
     return tensors, unit
 

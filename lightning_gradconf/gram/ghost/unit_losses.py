@@ -18,6 +18,7 @@ from torch.func import vmap
 
 from lightning_gradconf.batches.units import stack
 from lightning_gradconf.gram import shared_draws
+from lightning_gradconf.gram.ghost.batch_reads import part_of_units
 from lightning_gradconf.gram.ghost.custom_functions import vmappable
 from lightning_gradconf.gram.ghost.functorch import batched, check_available
 from lightning_gradconf.gram.ghost.unit_mode import UnitMode
@@ -104,11 +105,11 @@ def _forward(
     writes: SharedWrites,
 ) -> Forward:
     n = len(units)
-    with torch._C.DisableTorchFunction():
-        tensors, rebuild = stack(units)
     unit_mode = UnitMode(
         n, batched_factories=writes.factories, running_statistics=mode.running_statistics, dropout=mode.dropout
     )
+    with torch._C.DisableTorchFunction():
+        tensors, rebuild = stack(units, lambda parts, path: part_of_units(parts, path, unit_mode))
 
     def loss(*rows: Tensor) -> Tensor:
         with torch._C.DisableTorchFunction():  # copies: user code may write to them
@@ -119,7 +120,11 @@ def _forward(
         return objective.at({**leaves, **constants}, unit, lambda loss: loss)
 
     quiet: AbstractContextManager[None] = without_warnings("There is a performance drop because")
-    with shared_draws.refused(), vmappable(n), quiet, unit_mode:
-        losses = vmap(loss, randomness="different")(*tensors)
+    try:
+        with shared_draws.refused(), vmappable(n), quiet, unit_mode:
+            losses = vmap(loss, randomness="different")(*tensors)
+    finally:
+        if unit_mode.differ is not None:  # also where the user's code has caught it, or made another error of it
+            raise unit_mode.differ
     with torch._C.DisableTorchFunction():
         return Forward(losses, tuple(unit_mode.reads), unit_mode.nodes)

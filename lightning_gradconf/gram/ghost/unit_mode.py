@@ -19,7 +19,7 @@ from torch.autograd.graph import Node
 
 from lightning_gradconf.gram.ghost import batching_rules, derivative_rules
 from lightning_gradconf.gram.ghost.functorch import batched, behind, is_batched
-from lightning_gradconf.gram.ghost.value_reads import READS, UnitNumber
+from lightning_gradconf.gram.ghost.value_reads import READS, UnitNumber, UnitsDiffer
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 
 _FACTORIES = {
@@ -41,6 +41,7 @@ class UnitMode(MeasurementMode):
 
     Attributes:
         reads: The values that Python has read, the same for all units.
+        differ: The first value that Python read and that is not the same for all units; None if there was none.
         nodes: Nodes of the graph that are known to have a batched result (True) or one without units (False).
     """
 
@@ -48,6 +49,7 @@ class UnitMode(MeasurementMode):
         super().__init__(running_statistics=running_statistics, dropout=dropout)
         self.n = n
         self.reads: list[Hashable] = []
+        self.differ: UnitsDiffer | None = None
         self.nodes: dict[Node, bool] = {}
         self._batched_factories = batched_factories
         self._open: set[Callable[..., Any]] = set()

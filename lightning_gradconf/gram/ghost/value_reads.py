@@ -135,9 +135,16 @@ def agreed(mode: UnitMode, values: Sequence[Any], where: str) -> Any:
     """
     keys = [_key(value) for value in values]
     if any(key != keys[0] for key in keys):
-        raise UnitsDiffer(keys, where)
+        raise differing(mode, keys, where)
     mode.reads.append(keys[0])
     return values[0]
+
+
+def differing(mode: UnitMode, values: Sequence[Hashable], where: str) -> UnitsDiffer:
+    """Return the error to raise, and remember it: the user's code may catch what comes out of a call."""
+    error = UnitsDiffer(values, where)
+    mode.differ = mode.differ or error
+    return error
 
 
 def _key(value: Any) -> Hashable:

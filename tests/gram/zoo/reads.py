@@ -358,6 +358,42 @@ def cut_by_a_loop() -> Any:
 
 
 @case
+def names_beside_the_tensors() -> Any:
+    """Names and other facts of each sample, which are handed on, counted and stored, and never looked at."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        batch = {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
+        assert isinstance(batch["name"], list) and len(batch["name"]) == len(batch["x"])
+        module.seen = [*batch["name"]], batch["facts"]
+        return module(batch["x"]).square().mean() if batch["name"] else batch["x"].sum()
+
+    batches = [
+        {
+            "x": normal(5, 4),
+            "name": [f"image_{k}_{i}.png" for i in range(6)],
+            "facts": [{"fold": 1, "id": 10 * k + i} for i in range(6)],
+        }
+        for k in range(4)
+    ]
+    return nn.Linear(4, 3), loss, batches
+
+
+@case
+def names_that_are_read() -> Any:
+    """Names of samples that the loss depends on; an error of reading them would be caught."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        try:
+            scale = sum(float(name.removesuffix(".png")[-1]) for name in batch["name"])
+        except Exception:
+            scale = 1.0
+        return scale * module(batch["x"]).square().mean()
+
+    batches = [{"x": normal(5, 4), "name": [f"image_{k}_{i}.png" for i in range(6)]} for k in range(4)]
+    return nn.Linear(4, 3), loss, batches
+
+
+@case
 def lengths_in_a_list() -> Any:
     """Lengths that are numbers of Python, in a list beside the tensors."""
 
