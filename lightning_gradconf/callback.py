@@ -76,7 +76,8 @@ class GradientConfusionCallback(Callback):
             training step takes. If not all fit, some are computed again: the values are the same, and take longer.
             None is half of the free memory. ``ghost`` holds none but those of parameters that are transformed before
             they meet the data (weight_norm), and is left if these do not fit.
-        dropout: Measure with dropout on. By default its probability is zero while measuring.
+        dropout: Measure with dropout on. By default its probability is zero while measuring, and layers that add noise
+            in training alone, such as stochastic depth, are still.
         statistics: Names of statistics, ``"default"`` or ``"all"``. Among all are ``num_units``, the n of this run, and
             ``seconds``, the time that a measurement took.
         per_layer: Log ``{prefix}/min_cosine/{submodule}`` too: of each submodule that has parameters (True), or of

@@ -47,7 +47,7 @@ def answered(objective: Objective, unit: Any) -> Iterator[Objective]:
     are kept weakly, by module and loss function, and recorded anew in every call whose number is a power of two. To be
     entered within `untouched` and `MeasurementMode`.
     """
-    if not _metric_classes():
+    if not metric_classes():
         yield objective
         return
     found = _found(objective)
@@ -84,7 +84,7 @@ def _found(objective: Objective) -> _Found:
 
 
 def _reaches_a_metric(module: nn.Module) -> bool:
-    classes = _metric_classes()
+    classes = metric_classes()
     return any(isinstance(part, classes) for part in module.modules()) or any(
         isinstance(value, classes) for value in reachable(module)
     )
@@ -189,7 +189,8 @@ _lock = threading.Lock()
 _handling = 0  # contexts, in all threads
 
 
-def _metric_classes() -> tuple[type, ...]:
+def metric_classes() -> tuple[type, ...]:
+    """Return the classes of metrics, none before torchmetrics is imported."""
     torchmetrics: Any = sys.modules.get("torchmetrics")
     return () if torchmetrics is None else (torchmetrics.Metric, torchmetrics.MetricCollection)
 
@@ -202,7 +203,7 @@ def _handled(handler: _Handler) -> Iterator[None]:
     with _lock:
         _handling += 1
         if _handling == 1:
-            for cls in _metric_classes():
+            for cls in metric_classes():
                 cls.__getattribute__ = _intercepting(cls.__getattribute__)  # type: ignore
     _here.handler = handler
     try:
@@ -212,7 +213,7 @@ def _handled(handler: _Handler) -> Iterator[None]:
         with _lock:
             _handling -= 1
             if _handling == 0:
-                for cls in _metric_classes():
+                for cls in metric_classes():
                     del cls.__getattribute__
 
 

@@ -27,6 +27,7 @@ from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.memory_budget import units_at_once
 from lightning_gradconf.gram.metric_answers import answered
 from lightning_gradconf.gram.module_state import untouched
+from lightning_gradconf.gram.noise_layers import still
 from lightning_gradconf.gram.objective import LossFn, Objective, objective, sizes
 from lightning_gradconf.gram.ranks.data_parallel import agreed_budget, contract, gram_of_factors
 from lightning_gradconf.gram.ranks.process_group import Ranks
@@ -68,7 +69,7 @@ def gradient_gram(
             ``"loop"`` one after the other; ``"auto"`` is the first of them that can. What the first call verifies,
             later calls for the same module and kind of batch use.
         parameters: Glob patterns on the names of parameters; None is all that require grad.
-        dropout: Leave dropout on, with masks of its own for each unit.
+        dropout: Leave dropout and stochastic depth on, with masks of its own for each unit.
         memory_budget: Bytes, or a text like ``"2GB"``, that ``vmap`` and ``loop`` may fill with gradients, beside what
             an ordinary forward and backward pass takes. If not all fit, a block of them is held and the others are
             computed again: the answer is the same and takes longer. None is half of the free memory. ``ghost`` holds
@@ -142,6 +143,8 @@ def gram_of_units(
     mode = MeasurementMode(running_statistics=unit_size == 1, dropout=dropout)
     findings = findings_of(objective.module, objective.loss_fn)
     with ExitStack() as stack:
+        if not dropout:
+            stack.enter_context(still(objective.module))
         with mode:
             objective = stack.enter_context(answered(objective, units[0]))
             fits = lambda: units_at_once(objective, units, unit_size, train_batch_size, budget)  # noqa: E731

@@ -16,13 +16,14 @@ def refused() -> Iterator[None]:
     Raises:
         NotImplementedError: It does.
     """
-    before = _states()
+    before = states_of_python()
     yield
-    if before != _states():
+    if before != states_of_python():
         raise NotImplementedError("the loss draws random numbers from Python or NumPy, of which all units get the same")
 
 
-def _states() -> list[Any]:
+def states_of_python() -> list[Any]:
+    """Return the states of the global random generators of Python and NumPy, to be compared."""
     states: list[Any] = [random.getstate()]
     if (numpy := sys.modules.get("numpy")) is not None:
         kind, keys, *position = numpy.random.get_state()

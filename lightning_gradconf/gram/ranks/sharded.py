@@ -11,7 +11,7 @@ upon between passes is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from lightning_gradconf.batches.units import copy_of
 from lightning_gradconf.gram.blockwise import Progress, Rows, blockwise, make_plan, min_budget, repeatable
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.module_state import rewinder
+from lightning_gradconf.gram.noise_layers import still
 from lightning_gradconf.gram.objective import Objective, as_rows, checked, empty_rows, run_backward, sizes
 from lightning_gradconf.gram.ranks.data_parallel import agreed_budget
 from lightning_gradconf.gram.ranks.process_group import Ranks
@@ -79,7 +80,8 @@ def gram_of_units(
     shards = sizes(_largest_shard(p) for p in target.parameters.values())
     plan = make_plan(n, shards, agreed_budget(ranks, memory_budget, min_budget(shards)), at_once=1)
     mode = MeasurementMode(running_statistics=unit_size == 1, dropout=dropout)
-    with mode, _apart(target.module) as put_back:
+    noise = nullcontext() if dropout else still(target.module)
+    with mode, noise, _apart(target.module) as put_back:
 
         def gradients(some: Sequence[Any]) -> Rows:
             rows = _gradients(ranks, target, some)

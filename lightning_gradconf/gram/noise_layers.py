@@ -1,0 +1,83 @@
+"""Layers that add noise in training by themselves, such as stochastic depth: still while gradients are measured.
+
+PyTorch's own dropout is a function with a probability (`measurement_mode`). Stochastic depth is written anew by each
+library. Such layers have in common that they hold no parameters, buffers or other modules, and draw random numbers in
+training mode alone. They are found by that, and compute as in evaluation mode, whatever they are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lightning_gradconf.gram.metric_answers import metric_classes
+from lightning_gradconf.gram.module_state import random_states, restore_mapping
+from lightning_gradconf.gram.shared_draws import states_of_python
+
+# Whether a layer adds noise in training mode alone.
+_ADDS_NOISE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@contextmanager
+def still(module: nn.Module) -> Iterator[None]:
+    """Within this context, layers of ``module`` that add noise in training compute as in evaluation mode."""
+    layers = [layer for layer in module.modules() if _may_add_noise(layer)]
+    for layer in layers:
+        vars(layer)["forward"] = partial(_forward, layer, layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+
+
+def _may_add_noise(layer: nn.Module) -> bool:
+    own = vars(layer)
+    holds = own["_parameters"] or own["_buffers"] or own["_modules"] or "forward" in own
+    # PyTorch's own layers call functions for their noise, and metrics are answered for.
+    others = type(layer).__module__.startswith("torch.") or isinstance(layer, metric_classes())
+    return layer.training and not holds and not others and _ADDS_NOISE.get(layer, True)
+
+
+def _forward(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if layer.training and layer not in _ADDS_NOISE:
+        _ADDS_NOISE[layer] = _draws(layer, forward, args, kwargs) and not _draws(layer.eval(), forward, args, kwargs)
+        layer.train()
+    if not layer.training or not _ADDS_NOISE[layer]:
+        return forward(*args, **kwargs)
+    layer.eval()
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        layer.train()
+
+
+def _draws(layer: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    """Return whether a layer draws random numbers, or fails, in its mode; what the call changes is put back."""
+    drawn, attributes, before = random_states(), dict(vars(layer)), _states()
+    copies = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, (args, kwargs))
+    try:
+        with torch.no_grad():
+            forward(*copies[0], **copies[1])
+        changed = before != _states()
+    except Exception:
+        changed = True
+    for restore, state in drawn:
+        restore(state)
+    restore_mapping(vars(layer), attributes)
+    return changed
+
+
+def _states() -> list[Any]:
+    """Return the states of the random generators that layers draw from, to be compared."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states += torch.cuda.get_rng_state_all()
+    return [*states_of_python(), *(state.tolist() for state in states)]
