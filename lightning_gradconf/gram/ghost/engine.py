@@ -13,6 +13,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 import torch
@@ -240,7 +241,7 @@ class _Measurement:
         weights = random_weights(losses, number)
         precision = max(graphs.precisions(graph.order), key=lambda kind: torch.finfo(kind).eps)
         wanted = _gradients(losses, graph, weights)
-        proof = Proof(weights, wanted, number % len(self.units), precision)
+        proof = Proof(weights, wanted, Random(number).randrange(len(self.units)), precision)
         found = self._accumulator(graph, places, proof)
         _run(losses, graph, found, keep_graph=keep_graph)
         failed = proof.failures()
