@@ -151,7 +151,61 @@ def encoder(units: int = 32) -> Workload:
     return Workload(EncoderClassifier(), (torch.randn(units, 32, 128), classes(units)))
 
 
+class Adapted(nn.Module):
+    """A frozen linear layer with an adapter of low rank (LoRA)."""
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+class LlamaBlock(nn.Module):
+    """A block in the shape of Llama's, without positions: attention and a gated MLP behind RMSNorm."""
+
+    def __init__(self, width: int, heads: int, rank: int) -> None:
+        super().__init__()
+        hidden = 8 * width // 3
+
+        def linear(p: int, q: int) -> nn.Module:
+            layer = nn.Linear(p, q, bias=False)
+            return Adapted(layer, rank) if rank else layer
+
+        self.heads = heads
+        self.before, self.between = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.queries, self.keys, self.values, self.out = (linear(width, width) for _ in range(4))
+        self.gate, self.up, self.down = linear(width, hidden), linear(width, hidden), linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.before(x)
+        q, k, v = (
+            part(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.queries, self.keys, self.values)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(-2))
+        h = self.between(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+def llama(units: int = 4, length: int = 128, width: int = 1536, layers: int = 16, rank: int = 0) -> Workload:
+    """A decoder of 0.5 billion parameters; with ``rank``, these are frozen and have adapters."""
+    blocks = [LlamaBlock(width, width // 64, rank) for _ in range(layers)]
+    table, head = nn.Embedding(VOCABULARY, width), nn.Linear(width, VOCABULARY, bias=False)
+    model = nn.Sequential(table, *blocks, nn.RMSNorm(width), head)
+    if rank:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".down.weight" in name or ".up.weight" in name)
+    text = tokens(units, length + 1)
+    return Workload(model, (text[:, :-1], text[:, 1:]))
+
+
 WORKLOADS: dict[str, Callable[[], Workload]] = {
+    "llama": llama,
+    "llama, lora": partial(llama, rank=8),
     "mlp": mlp,
     "cnn": cnn,
     "resnet18": resnet18,

@@ -246,7 +246,7 @@ class _Measurement:
         _run(losses, graph, found, keep_graph=keep_graph)
         failed = proof.failures()
         if failed and keep_graph:  # perhaps by no more than rounding
-            failed = proof.failures(_gradients(losses, graph, SCALE * weights))
+            failed = proof.failures([_gradients(losses, graph, scale * weights) for scale in (1.0, SCALE)])
         return found, proof, failed
 
     def _formed(self, graph: Graph) -> int:

@@ -35,7 +35,7 @@ class Proof:
 
     Args:
         weights: The random r, ``(n,)``.
-        wanted: PyTorch's gradients of the weighted losses, by the id of the leaf.
+        wanted: PyTorch's gradients of the weighted losses, by the id of the leaf; each is dropped once it is compared.
         unit: A unit whose gradient is kept, to be compared with plain autograd.
         precision: The least precise type of any tensor in the graph.
 
@@ -47,7 +47,7 @@ class Proof:
     """
 
     weights: Tensor
-    wanted: Mapping[int, Tensor | None]
+    wanted: dict[int, Tensor | None]
     unit: int
     precision: torch.dtype
     row: dict[str, Tensor] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Proof:
         row = materialize(*(part.units(slice(self.unit, self.unit + 1)) for part in parts))[0]
         if source is not None:
             got, row = (_pulled(gradient, source, leaf) for gradient in (got, row))
-        known = [self.wanted[id(tensor)] for tensor in leaves]
+        known = [self.wanted.pop(id(tensor)) for tensor in leaves]
         wanted = [as_rows(gradient, 1)[0] for gradient in known if gradient is not None]
         self.row[name] = row
         self.leaves[name] = leaves
@@ -82,13 +82,13 @@ class Proof:
         got -= want  # in place, as fresh memory costs more than the arithmetic
         self.errors[name] = float(got.norm()), size
 
-    def failures(self, again: Mapping[int, Tensor | None] | None = None) -> dict[str, float]:
+    def failures(self, again: Sequence[Mapping[int, Tensor | None]] = ()) -> dict[str, float]:
         """Return the parameters that failed, each with its relative error.
 
         Args:
-            again: PyTorch's own gradients of the losses weighted with `SCALE` times the weights. They differ from
-                `SCALE` times the wanted ones by rounding alone, which says what a parameter's gradient is known to: a
-                layer before a BatchNorm may have one that is rounding itself.
+            again: PyTorch's own gradients of the weighted losses, and of the losses weighted with `SCALE` times the
+                weights. They differ in more than scale by rounding alone, which says what a parameter's gradient is
+                known to: a layer before a BatchNorm may have one that is rounding itself.
         """
         half = self.precision in (torch.bfloat16, torch.float16)
         own, of_largest = (_OWN_HALF, _LARGEST_HALF) if half else (_OWN, _LARGEST)
@@ -97,14 +97,14 @@ class Proof:
         failed = {}
         for name, (error, size) in self.errors.items():
             allowed = epsilon * (own * size + of_largest * largest)
-            if error > allowed and again is not None:
-                allowed += _NOISE * self._noise(name, again)
+            if error > allowed and again:
+                allowed += _NOISE * self._noise(name, *again)
             if error > allowed:
                 failed[name] = error / max(size, 1e-300)
         return failed
 
-    def _noise(self, name: str, again: Mapping[int, Tensor | None]) -> float:
-        pairs = [(again[id(leaf)], self.wanted[id(leaf)]) for leaf in self.leaves[name]]
+    def _noise(self, name: str, wanted: Mapping[int, Tensor | None], scaled: Mapping[int, Tensor | None]) -> float:
+        pairs = [(scaled[id(leaf)], wanted[id(leaf)]) for leaf in self.leaves[name]]
         differences = [a / SCALE - b for a, b in pairs if a is not None and b is not None]
         return float(sum(float(difference.to_dense().norm()) for difference in differences))
 
