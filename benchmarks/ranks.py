@@ -22,7 +22,7 @@ from workloads import build
 
 from lightning_gradconf.batches.units import split
 from lightning_gradconf.gram.objective import objective
-from lightning_gradconf.gram.ranks.process_group import joined
+from lightning_gradconf.gram.ranks.process_group import new_process_group
 from lightning_gradconf.gram.select import gram_of_units
 
 ENGINES = ("ghost", "vmap")
@@ -31,7 +31,7 @@ ENGINES = ("ghost", "vmap")
 def measure(rank: int, ranks: int, store: str, workloads: list[str], rounds: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    together = joined(torch.device("cpu"))
+    together = new_process_group(torch.device("cpu"))
     for name in workloads:
         work = build(name)
         target, units = objective(work.model, work.loss), split(work.batch, work.unit_size)

@@ -24,7 +24,7 @@ from lightning_gradconf.batches.loaders import (
     seed_everything,
     shares,
 )
-from lightning_gradconf.batches.placement import WHOLE, Placement, cut
+from lightning_gradconf.batches.samples import WHOLE, SamplePlaces, cut
 from lightning_gradconf.batches.structure import copy_of
 
 
@@ -67,10 +67,10 @@ class Unit(NamedTuple):
 
 
 def units_of(
-    batch: Any, batch_idx: int, placement: Placement, sizes: Mapping[str, int], num_units: int | None = None
+    batch: Any, batch_idx: int, places: SamplePlaces, sizes: Mapping[str, int], num_units: int | None = None
 ) -> list[Unit]:
     """Return the units that a batch is cut into, each with ``sizes`` samples of its parts."""
-    parts = cut(batch, placement, sizes, num_units)
+    parts = cut(batch, places, sizes, num_units)
     first, least = next(iter(sizes.values())), min(sizes.values())
     return [
         Unit(part, Origin(tuple(range(i * first, (i + 1) * first)), batch_idx), least) for i, part in enumerate(parts)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from lightning_gradconf.batches.loaders import Feed, batch_size, learn_placement, loaders_in, samples_at, shares
-from lightning_gradconf.batches.placement import WHOLE, Placement, assume, count, part
+from lightning_gradconf.batches.loaders import Feed, batch_size, learn_places, loaders_in, samples_at, shares
+from lightning_gradconf.batches.samples import WHOLE, SamplePlaces, assume, count, part
 
 
 class Layout:
@@ -23,14 +23,14 @@ class Layout:
 
     def __init__(self, feed: Feed, loaders: Any) -> None:
         self._loaders = loaders_in(loaders)
-        self._learned: Placement | None = None
+        self._learned: SamplePlaces | None = None
         self.reason: str | None = None
         try:
-            self._learned = learn_placement(loaders, feed.prepare)
+            self._learned = learn_places(loaders, feed.prepare)
         except Exception as error:  # in what the user's code makes of three items, or of what is learned from them
             self.reason = str(error).partition("\n")[0]
 
-    def placed(self, batch: Any) -> tuple[Placement, dict[str, int]]:
+    def placed(self, batch: Any) -> tuple[SamplePlaces, dict[str, int]]:
         """Return where the samples of a batch lie, and how many each part has.
 
         A batch that is not of the structure that was learned, because its loader changes what ``collate_fn`` returns,
@@ -42,16 +42,16 @@ class Layout:
         if self.reason is not None:
             raise ValueError(self.reason)
         if self._learned is None:
-            placement = self._assumed(batch)
-            return placement, count(batch, placement, tuple(self._loaders))
+            places = self._assumed(batch)
+            return places, count(batch, places, tuple(self._loaders))
         try:
             return self._learned, count(batch, self._learned, tuple(self._loaders))
         except ValueError as error:
             with suppress(ValueError):
-                placement = self._assumed(batch)
-                counts = count(batch, placement, tuple(self._loaders))
+                places = self._assumed(batch)
+                counts = count(batch, places, tuple(self._loaders))
                 if all(batch_size(self._loaders[path]) == size for path, size in counts.items()):
-                    return placement, counts
+                    return places, counts
             raise error
 
     def shares(self, unit_size: int, counts: Mapping[str, int]) -> dict[str, int]:
@@ -66,8 +66,8 @@ class Layout:
             sizes = {path: samples_at(loader, batch_idx) for path, loader in self._loaders.items()}
             return {path: size for path, size in sizes.items() if size is not None}
 
-    def _assumed(self, batch: Any) -> Placement:
-        found: Placement = {}
+    def _assumed(self, batch: Any) -> SamplePlaces:
+        found: SamplePlaces = {}
         for path, loader in self._loaders.items():
             own = batch if path == WHOLE else part(batch, path)
             if own is not None:

@@ -23,7 +23,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from lightning_gradconf.batches.placement import WHOLE, Placement, learn
+from lightning_gradconf.batches.samples import WHOLE, SamplePlaces, learn
 from lightning_gradconf.batches.structure import children, deep_copy_of, rebuild
 
 # Of a sampler that does not say how long it is, over data that do not either, no more is taken than this.
@@ -138,7 +138,7 @@ def shares(loaders: Mapping[str, Any], unit_size: int, counts: Mapping[str, int]
     return {path: max(1, round(unit_size * size / least)) for path, size in sizes.items()}
 
 
-def learn_placement(loaders: Any, prepare: Callable[[Any], Any]) -> Placement | None:
+def learn_places(loaders: Any, prepare: Callable[[Any], Any]) -> SamplePlaces | None:
     """Return where samples lie in the batches of loaders, None if their items cannot be read or are too few.
 
     Raises:

@@ -206,9 +206,9 @@ class Source:
     def _units_of(self, layout: Layout, batch: Any, batch_idx: int, num_units: int | None) -> list[Unit]:
         """The units in a batch; with ``unit_size="batch"`` it is one, unless it is shorter than others."""
         if self._unit_size != "batch":
-            placement, counts = layout.placed(batch)
+            places, counts = layout.placed(batch)
             sizes = layout.shares(int(self._unit_size), counts)
-            found = units_of(batch, batch_idx, placement, sizes, num_units)
+            found = units_of(batch, batch_idx, places, sizes, num_units)
             self._shapes = _shapes(found[-1]) if found else []
             return found
         counts = layout.counts(batch, batch_idx)

@@ -1,7 +1,7 @@
 """A batch of any structure as n units of k samples, and back.
 
 A *unit* is what one gradient belongs to. It is itself a batch, so the user's code always sees a batch, of one
-sample at the smallest. Here samples lie on dimension 0, as `placement.assume` says.
+sample at the smallest. Here samples lie on dimension 0, as `samples.assume` says.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradconf.batches.placement import WHOLE, assume, count, cut
+from lightning_gradconf.batches.samples import WHOLE, assume, count, cut
 from lightning_gradconf.batches.structure import copy_of, leaves, map_leaves, same
 
 __all__ = ["copy_of", "num_samples", "shapes_of", "split", "stack"]

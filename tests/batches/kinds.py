@@ -39,14 +39,14 @@ class Kind:
         item: The item of the dataset at an index.
         collate: The ``collate_fn``.
         loss: Of a batch, given the layers of `Net`.
-        placement: Where samples lie, None if not side by side.
+        places: Where samples lie, None if not side by side.
         cut: Whether units are cut out of batches.
     """
 
     item: Callable[[int], Any]
     collate: Callable[[Sequence[Any]], Any]
     loss: Callable[[Any, Any], Tensor]
-    placement: dict[str, Any] | None
+    places: dict[str, Any] | None
     cut: bool = True
 
     def loader(self, **options: Any) -> DataLoader[Any]:

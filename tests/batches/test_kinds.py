@@ -13,7 +13,7 @@ from kinds import BATCH, KINDS, Kind, Net
 from torch import Tensor
 
 from lightning_gradconf import GradientConfusionCallback
-from lightning_gradconf.batches.loaders import learn_placement
+from lightning_gradconf.batches.loaders import learn_places
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
 
@@ -57,11 +57,11 @@ def close(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_where_samples_lie_is_learned(name):
     kind = KINDS[name]
-    if kind.placement is None:
+    if kind.places is None:
         with pytest.raises(ValueError, match=r"batch|sample"):
-            learn_placement(kind.loader(), lambda batch: batch)
+            learn_places(kind.loader(), lambda batch: batch)
     else:
-        assert learn_placement(kind.loader(), lambda batch: batch) == kind.placement
+        assert learn_places(kind.loader(), lambda batch: batch) == kind.places
 
 
 @pytest.mark.parametrize("unit_size", [1, 2])

@@ -1,9 +1,9 @@
 """Where the samples of a batch lie: along which dimension of each tensor, or along which lists.
 
-A *placement* names each leaf of a batch by the expression that leads to it, and says of each where its samples lie:
-the dimension of a tensor, the entries of a list, or None where all samples share it. It is learned from what
+`SamplePlaces` names each leaf of a batch by the expression that leads to it, and says of each where its samples lie:
+the dimension of a tensor, the entries of a list, or None where all samples share it. These places are learned from what
 ``collate_fn`` makes of one, two and three items (`learn`), or without items assumed to be dimension 0 (`assume`).
-Batches are cut into units along it (`cut`).
+Batches are cut into units along them (`cut`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_gradconf.batches.structure import children, copy_of, is_array, leaves, rebuild, same
 
 Where = int | Literal["entries"] | None
-Placement = dict[str, Where]
+SamplePlaces = dict[str, Where]
 
 ENTRIES: Final = "entries"
 # The batch of one loader: its place in a batch of several is the expression that leads to it.
@@ -25,7 +25,7 @@ WHOLE: Final = "batch"
 _ITEMS = 3
 
 
-def learn(collated: Callable[[Sequence[int], int], Any]) -> Placement:
+def learn(collated: Callable[[Sequence[int], int], Any]) -> SamplePlaces:
     """Return where samples lie in a batch, from batches of one, two and three items.
 
     A leaf that does not grow with the number of items is shared if it is the same for each number, and so is one that
@@ -47,19 +47,19 @@ def learn(collated: Callable[[Sequence[int], int], Any]) -> Placement:
     """
     alone = [collated([i], 0) for i in range(_ITEMS)]
     three = collated(range(_ITEMS), 0)
-    placement: Placement = {}
+    places: SamplePlaces = {}
     drawn: set[str] = set()
-    _grow(WHOLE, (alone[0], collated(range(2), 0), three), collated(range(_ITEMS), 1), placement, drawn)
-    if all(where is None for where in placement.values()):
+    _grow(WHOLE, (alone[0], collated(range(2), 0), three), collated(range(_ITEMS), 1), places, drawn)
+    if all(where is None for where in places.values()):
         raise ValueError("nothing in the batch grows with the number of items")
-    for unit in cut(three, placement, {WHOLE: 1}):
+    for unit in cut(three, places, {WHOLE: 1}):
         if not any(_agree(unit, other, drawn) for other in alone):
             raise ValueError("a sample cut out of a batch is another one than collate_fn makes of its item alone")
-    return placement
+    return places
 
 
-def assume(batch: Any, batch_size: int | None = None, path: str = WHOLE) -> Placement:
-    """Return the placement of a batch that nothing is known about: samples lie on dimension 0.
+def assume(batch: Any, batch_size: int | None = None, path: str = WHOLE) -> SamplePlaces:
+    """Return where samples lie in a batch that nothing is known about: on dimension 0.
 
     A tensor without dimensions, or with a first dimension of 1 beside larger ones, is shared by all samples, and so is
     everything that is no tensor, but for a list as long as the batch, which holds one entry a sample. Detectors keep
@@ -100,28 +100,28 @@ def assume(batch: Any, batch_size: int | None = None, path: str = WHOLE) -> Plac
                 f"dimension 0 counts {size} samples, but the loader's batch_size is {batch_size} ({_shapes(sized)}); "
                 "put the samples on dimension 0 of every tensor, or pass unit_size='batch'"
             )
-    placement: Placement = {}
+    places: SamplePlaces = {}
     for at, leaf in found:
         if isinstance(leaf, Tensor):
-            placement[at] = 0 if leaf.dim() > 0 and leaf.shape[0] == size else None
+            places[at] = 0 if leaf.dim() > 0 and leaf.shape[0] == size else None
         else:
-            placement[at] = (0 if is_array(leaf) else ENTRIES) if _one_a_sample(leaf, size) else None
-    return placement
+            places[at] = (0 if is_array(leaf) else ENTRIES) if _one_a_sample(leaf, size) else None
+    return places
 
 
-def count(batch: Any, placement: Placement, parts: Sequence[str] = (WHOLE,)) -> dict[str, int]:
+def count(batch: Any, places: SamplePlaces, parts: Sequence[str] = (WHOLE,)) -> dict[str, int]:
     """Return how many samples there are in each part of a batch that is not None.
 
     Raises:
-        ValueError: The batch is not of the structure of the placement, or its sizes contradict one another.
+        ValueError: The batch is not of the structure of the places, or its sizes contradict one another.
     """
     sizes: dict[str, dict[str, int]] = {part: {} for part in parts}
     seen: dict[str, Any] = {}
 
     def visit(node: Any, path: str) -> None:
-        if path in placement:
+        if path in places:
             seen[path] = node
-            where = placement[path]
+            where = places[path]
             if where is not None:
                 size = len(node) if where == ENTRIES else node.shape[where]
                 sizes[part_of(path, parts)][path] = int(size)
@@ -133,7 +133,7 @@ def count(batch: Any, placement: Placement, parts: Sequence[str] = (WHOLE,)) -> 
             visit(child, path + key)
 
     visit(batch, WHOLE)
-    missing = [path for path in placement if path not in seen and part(batch, part_of(path, parts)) is not None]
+    missing = [path for path in places if path not in seen and part(batch, part_of(path, parts)) is not None]
     if missing:
         raise ValueError(f"{missing[0]} is missing in the batch")
     for found in sizes.values():
@@ -144,29 +144,29 @@ def count(batch: Any, placement: Placement, parts: Sequence[str] = (WHOLE,)) -> 
 
 
 def cut(
-    batch: Any, placement: Placement, sizes: Mapping[str, int], num_units: int | None = None, start: int = 0
+    batch: Any, places: SamplePlaces, sizes: Mapping[str, int], num_units: int | None = None, start: int = 0
 ) -> list[Any]:
     """Return a batch as a list of units: copies, so that no unit aliases the batch.
 
     Args:
         batch: The batch.
-        placement: Where its samples lie.
+        places: Where its samples lie.
         sizes: The samples that a unit takes of each part of the batch, the parts named by the expressions that lead
             to them; ``{"batch": k}`` where it has only one.
         num_units: Take only the first so many units; None takes all that are full.
         start: Leave out as many units in the beginning.
 
     Raises:
-        ValueError: The batch does not fit the placement.
+        ValueError: The batch does not fit the places.
     """
     parts = tuple(sizes)
-    available = min(size // sizes[part] for part, size in count(batch, placement, parts).items()) - start
+    available = min(size // sizes[part] for part, size in count(batch, places, parts).items()) - start
     n = max(0, available if num_units is None else min(num_units, available))
 
     def own(node: Any, path: str) -> list[Any]:
         """What each unit has of a part of the batch."""
-        if path in placement:
-            where = placement[path]
+        if path in places:
+            where = places[path]
             if where is None:
                 return [node.clone() if isinstance(node, Tensor) else node for _ in range(n)]
             k = sizes[part_of(path, parts)]
@@ -236,7 +236,7 @@ def _one_a_sample(leaf: Any, size: int) -> bool:
     return (isinstance(leaf, list | tuple) or hasattr(leaf, "__array__")) and len(leaf) == size
 
 
-def _grow(path: str, nodes: tuple[Any, Any, Any], again: Any, placement: Placement, drawn: set[str]) -> None:
+def _grow(path: str, nodes: tuple[Any, Any, Any], again: Any, places: SamplePlaces, drawn: set[str]) -> None:
     """Compare what one, two and three items make of a part of the batch, and note where it grows.
 
     ``again`` is what the three make of it from another random state.
@@ -250,7 +250,7 @@ def _grow(path: str, nodes: tuple[Any, Any, Any], again: Any, placement: Placeme
         if len({len(shape) for shape in shapes}) == 1:
             growing = [d for d in range(len(shapes[0])) if [shape[d] for shape in shapes] == [1, 2, 3]]
         if len(growing) == 1:
-            placement[path] = growing[0]
+            places[path] = growing[0]
             if not same(nodes[2], again):
                 drawn.add(path)
             return
@@ -258,7 +258,7 @@ def _grow(path: str, nodes: tuple[Any, Any, Any], again: Any, placement: Placeme
             words = ", ".join(map(str, shapes))
             raise ValueError(f"{path} has the shapes {words} for one, two and three items")
     elif isinstance(first, list | tuple) and [len(node) for node in nodes] == [1, 2, 3]:
-        placement[path] = ENTRIES
+        places[path] = ENTRIES
         if not same(nodes[2], again):
             drawn.add(path)
         return
@@ -268,9 +268,9 @@ def _grow(path: str, nodes: tuple[Any, Any, Any], again: Any, placement: Placeme
             raise ValueError(f"{path} has other entries for one item than for several")
         columns = zip(*([child for _, child in children(node)] for node in (*nodes, again)), strict=True)
         for (key, _), (*column, other) in zip(entries, columns, strict=True):
-            _grow(path + key, (column[0], column[1], column[2]), other, placement, drawn)
+            _grow(path + key, (column[0], column[1], column[2]), other, places, drawn)
         return
-    placement[path] = None
+    places[path] = None
     if (isinstance(first, Tensor | Number) or is_array(first)) and not same(nodes[2], again):
         drawn.add(path)
         return

@@ -11,14 +11,14 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from lightning_gradconf.batches.layout import Layout
-from lightning_gradconf.batches.loaders import Feed, learn_placement
-from lightning_gradconf.batches.placement import assume, count, cut
+from lightning_gradconf.batches.loaders import Feed, learn_places
+from lightning_gradconf.batches.samples import assume, count, cut
 
 ROWS = [(torch.randn(5, generator=torch.Generator().manual_seed(i)), i % 3) for i in range(20)]
 
 
 def learned(collate, data=ROWS, prepare=lambda batch: batch):
-    return learn_placement(DataLoader(data, batch_size=4, collate_fn=collate), prepare)
+    return learn_places(DataLoader(data, batch_size=4, collate_fn=collate), prepare)
 
 
 def test_what_is_drawn_at_random_for_a_batch_is_shared():
@@ -42,10 +42,10 @@ def test_arrays_are_cut_along_their_dimension():
     def arrays(items):
         return {"x": np.stack([x.numpy() for x, _ in items], 1), "y": torch.tensor([y for _, y in items])}
 
-    placement = learned(arrays)
-    assert placement == {"batch['x']": 1, "batch['y']": 0}
+    places = learned(arrays)
+    assert places == {"batch['x']": 1, "batch['y']": 0}
     batch = arrays(ROWS[:4])
-    units = cut(batch, placement, {"batch": 1})
+    units = cut(batch, places, {"batch": 1})
     np.testing.assert_array_equal(units[2]["x"], batch["x"][:, 2:3])
     assert not np.shares_memory(units[2]["x"], batch["x"])
 
