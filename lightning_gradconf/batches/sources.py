@@ -68,11 +68,14 @@ class Source:
         if not self._cuts_current or not (due or self._over_batches):
             return
         try:
-            if self._layout is None:
+            if first := self._layout is None:
                 with feed.isolated(feed.loaders):
                     self._layout = Layout(feed, feed.loaders)
+            assert self._layout is not None
             try:
                 found = self._units_of(self._layout, batch, batch_idx, None if self._over_batches else self._num_units)
+                if first and len(found) < 2 and self._unit_size == 1:
+                    self.collate_instead(feed, "the first batch has one sample, and it takes two to disagree")
             except ValueError as error:
                 if not self.collate_instead(feed, str(error)):
                     raise
@@ -119,17 +122,15 @@ class Source:
         return [list(unit.origin.samples) for unit in self._fixed]
 
     def reads(self, feed: Feed) -> Any:
-        """Return the loaders whose items `units` reads, none where it has the batches in training."""
-        if self._cuts_current:
-            return []
-        return self._kind if isinstance(self._kind, DataLoader) else feed.loaders
+        """Return the loaders whose items `units` reads, and those of the training, which its step can reach."""
+        return [self._kind, feed.loaders] if isinstance(self._kind, DataLoader) else feed.loaders
 
     def pads(self, feed: Feed, step: int) -> bool:
         """Return whether the last units that were cut out of a batch have other shapes than units collated alone."""
         if not self._shapes or not self._can_collate(feed):
             return False
         try:
-            with feed.isolated(self._kind if isinstance(self._kind, DataLoader) else feed.loaders):
+            with feed.isolated(self.reads(feed)):
                 return any(_shapes(unit) != self._shapes for unit in self._collated(feed, self._num_units, step))
         except Exception:  # of the user's dataset
             return False

@@ -36,6 +36,8 @@ class Findings:
     """What is known about one module and loss.
 
     Attributes:
+        shapes: Of units whose loss was computed in the ordinary way.
+        generators: Random generators of Python and NumPy that the module has.
         graphs: What was verified about each graph met.
         writes: The tensors of which each unit needs its own.
         measurements: How many there were with the ghost engine.
@@ -44,6 +46,8 @@ class Findings:
         refused: Why the ghost engine is not to be used any more, if so.
     """
 
+    shapes: set[Hashable] = field(default_factory=set)
+    generators: list[Any] = field(default_factory=list)
     graphs: dict[Hashable, Places] = field(default_factory=dict)
     writes: SharedWrites = field(default_factory=SharedWrites)
     measurements: int = 0

@@ -65,6 +65,8 @@ class MeasurementMode(TorchFunctionMode):
         """Return the arguments that a call has while measuring."""
         if func is F.batch_norm:
             return _batch_norm(self.running_statistics, *args, **kwargs), {}
+        if func is torch.batch_norm:
+            return _batch_norm_of_torch(self.running_statistics, *args, **kwargs), {}
         if func is F.instance_norm:
             return _instance_norm(*args, **kwargs), {}
         if not self.dropout:
@@ -102,6 +104,21 @@ def _batch_norm(
         # Without buffers the output is the same, nothing is updated, and torch.func can batch it.
         running_mean = running_var = None
     return input, running_mean, running_var, weight, bias, training, momentum, eps
+
+
+def _batch_norm_of_torch(
+    running_statistics: bool,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    *options: Any,
+) -> tuple[Any, ...]:
+    given = _batch_norm(running_statistics, input, running_mean, running_var, weight, bias, training)
+    input, running_mean, running_var, weight, bias, training, *_ = given
+    return input, weight, bias, running_mean, running_var, training, *options
 
 
 def _instance_norm(

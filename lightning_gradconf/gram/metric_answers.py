@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,6 +29,8 @@ from lightning_gradconf.batches.units import copy_of
 from lightning_gradconf.gram.module_state import reachable, untouched
 from lightning_gradconf.gram.objective import LossFn, Objective
 
+# What answers are changed by, to see whether a loss depends on them: also beyond thresholds, and where it is clamped.
+_CHANGES = (1, 10**6, -(10**6))
 _METHODS = frozenset({"forward", "update", "compute", "reset"})
 # What a call of a method of a metric becomes: of the metric, the name of the method, and the call itself.
 _Handler = Callable[[Any, str, Callable[[], Any]], Any]
@@ -96,13 +98,18 @@ def _recorded(objective: Objective, unit: Any) -> _Recording:
     loss = _loss(objective, unit, recording)
     if not recording.metrics:
         return recording
-    others = {key: [tree_map(_another, answer) for answer in answers] for key, answers in recording.answers.items()}
-    try:
-        same = torch.allclose(loss, _loss(objective, unit, _Playing(others)), rtol=1e-5, atol=0.0, equal_nan=True)
-    except Exception:  # such as a loss that is a metric, and has no graph now
-        same = False
-    if not same:
-        recording.answers.clear()
+    for change in _CHANGES:
+        others = {
+            key: [tree_map(partial(_another, change), answer) for answer in answers]
+            for key, answers in recording.answers.items()
+        }
+        try:
+            same = torch.allclose(loss, _loss(objective, unit, _Playing(others)), rtol=1e-5, atol=0.0, equal_nan=True)
+        except Exception:  # such as a loss that is a metric, and has no graph now
+            same = False
+        if not same:
+            recording.answers.clear()
+            break
     return recording
 
 
@@ -111,11 +118,13 @@ def _loss(objective: Objective, unit: Any, handler: _Handler) -> Tensor:
         return objective.at(objective.copies(), copy_of(unit), Tensor.detach)
 
 
-def _another(answer: Any) -> Any:
+def _another(change: int, answer: Any) -> Any:
     """Return some other answer of the same kind."""
     if isinstance(answer, Tensor):
-        return ~answer if answer.dtype == torch.bool else answer + 1
-    return answer + 1 if isinstance(answer, int | float) else answer
+        return ~answer if answer.dtype == torch.bool else answer + change
+    if isinstance(answer, bool):
+        return not answer
+    return answer + change if isinstance(answer, int | float) else answer
 
 
 @dataclass

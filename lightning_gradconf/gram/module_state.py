@@ -14,23 +14,35 @@ import sysconfig
 import warnings
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
-from operator import is_
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_gradconf.gram.restoring import (
+    restore_array,
+    restore_leaf,
+    restore_mapping,
+    restore_sequence,
+    restore_set,
+    restore_slots,
+    restore_tensor,
+    restore_written,
+)
+
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size})
 # The way to the Trainer, which holds the data, the loggers and this measurement itself.
 _NOT_FOLLOWED = frozenset({"_trainer", "_fabric"})
-# Longer lists hold the data themselves.
+# Longer lists hold the data themselves: of transforms, and of what a dataset or a datamodule notes.
 _MOST_TRANSFORMS = 100
+_MOST_ENTRIES = 10_000
+_OURS = __name__.partition(".")[0]  # what measures is not put back
 # What every module keeps for itself: its hooks, mostly empty.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
@@ -52,7 +64,7 @@ def untouched(module: nn.Module, *others: Any, data: Iterable[Any] = (), tensors
         for restore, state in random_states():
             stack.callback(restore, state)
         for p in module.parameters():
-            stack.callback(_restore_leaf, p, p.grad, p.requires_grad)
+            stack.callback(restore_leaf, p, p.grad, p.requires_grad)
         memory = _Memory(module)
         own = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
         if tensors:
@@ -146,6 +158,8 @@ class _Memory:
         self.generators: list[Callable[[], Any]] = []
         # Kept, so that no new object can take over an address seen before.
         self.seen: dict[int, Any] = {}
+        self._todo: list[tuple[Any, str]] = []
+        self._walks = False
         # Engines put copies in the place of the tensors registered here, but not of those in a list of the user's.
         self.swapped = {id(part) for part in module.modules()}
         packages = [base.__module__.partition(".")[0] for base in type(module).__mro__]
@@ -153,7 +167,19 @@ class _Memory:
         self.home = next((package for package in packages if package not in ("torch", "builtins")), "")
 
     def remember(self, value: Any, path: str) -> None:
-        """Keep how to put back ``value`` and of what it holds."""
+        """Keep how to put back ``value`` and what it leads to."""
+        self._todo.append((value, path))
+        if self._walks:  # and comes to it: chains of objects may be longer than Python's calls can be deep
+            return
+        self._walks = True
+        try:
+            while self._todo:
+                self._visit(*self._todo.pop())
+        finally:
+            self._walks = False
+            self._todo.clear()
+
+    def _visit(self, value: Any, path: str) -> None:
         if type(value) in _ATOMS or id(value) in self.seen or isinstance(value, DataLoader):
             return
         if isinstance(value, Dataset):
@@ -163,21 +189,13 @@ class _Memory:
             self._remember_tensor(value, path)
         elif isinstance(value, nn.Module):
             self._remember_module(value, path)
-        elif isinstance(value, MutableMapping):
-            self.containers.append(partial(restore_mapping, value, dict(value)))
-            for key, entry in value.items():
-                if key not in _NOT_FOLLOWED:
-                    self.remember(entry, f"{path}.{key}")
-        elif isinstance(value, list | deque):
-            self.containers.append(partial(_restore_sequence, value, list(value)))
-            self._remember_all(value, path)
-        elif isinstance(value, set):
-            self.containers.append(partial(_restore_set, value, set(value)))
-        elif isinstance(value, tuple):
-            self._remember_all(value, path)
+        elif isinstance(value, MutableMapping | list | deque | set | tuple | frozenset):
+            self._remember_container(value, path)
+        elif isinstance(value, MethodType | partial):
+            self._remember_all(_in_callable(value), path)
         elif (numpy := sys.modules.get("numpy")) is not None and isinstance(value, numpy.ndarray):
             if value.flags.writeable:  # or else, as a file mapped into memory, it may be large
-                self.values.append(partial(_restore_array, value, value.copy()))
+                self.values.append(partial(restore_array, value, value.copy()))
         elif self._remember_generator(value):
             pass
         elif isinstance(value, Iterator):
@@ -185,8 +203,35 @@ class _Memory:
                 f"{path} is an iterator ({type(value).__name__}); a measurement would advance it and cannot turn it "
                 "back. Keep what it iterates over on the module instead, or pass a `loss_fn` to a module without it"
             )
-        elif hasattr(value, "__dict__") and self._is_users(value):
+        elif self._is_users(value):
+            self._remember_attributes_of_object(value, path)
+
+    def _remember_container(self, value: Any, path: str) -> None:
+        if isinstance(value, MutableMapping):
+            self.containers.append(partial(restore_mapping, value, dict(value)))
+            self._remember_all([key for key in value if type(key) not in _ATOMS], path)
+            for key, entry in value.items():
+                if type(key) not in _ATOMS or key not in _NOT_FOLLOWED:
+                    self.remember(entry, f"{path}.{key}")
+        else:
+            if isinstance(value, list | deque):
+                self.containers.append(partial(restore_sequence, value, list(value)))
+            elif isinstance(value, set):
+                self.containers.append(partial(restore_set, value, set(value)))
+            self._remember_all(value, path)
+        if self._is_users(value):
+            self._remember_attributes_of_object(value, path)
+
+    def _remember_attributes_of_object(self, value: Any, path: str) -> None:
+        if hasattr(value, "__dict__"):
             self.remember(vars(value), path)
+        given = [vars(cls).get("__slots__", ()) for cls in type(value).__mro__]
+        slots = {name for names in given for name in ([names] if isinstance(names, str) else names)}
+        if saved := {
+            name: getattr(value, name) for name in slots - {"__dict__", "__weakref__"} if hasattr(value, name)
+        }:
+            self.containers.append(partial(restore_slots, value, saved))
+            self._remember_all(saved.values(), path)
 
     def remember_source(self, value: Any) -> None:
         """Keep how to put back a dataset, of whatever class: a plain list is one too."""
@@ -200,6 +245,8 @@ class _Memory:
         if type(value) in _ATOMS or id(value) in self.seen or self._remember_generator(value):
             return
         self.seen[id(value)] = value
+        if isinstance(value, list) and len(value) <= _MOST_ENTRIES:
+            self.containers.append(partial(restore_sequence, value, list(value)))
         if isinstance(value, list | tuple):
             for entry in value[:_MOST_TRANSFORMS]:
                 self.remember_data(entry)
@@ -219,7 +266,8 @@ class _Memory:
         if isinstance(value, SimpleNamespace | Namespace):
             return True
         module = type(value).__module__
-        return module.partition(".")[0] == self.home or not _is_installed(module)
+        package = module.partition(".")[0]
+        return package != _OURS and (package == self.home or not _is_installed(module))
 
     def _remember_module(self, module: nn.Module, path: str) -> None:
         """Keep how to put a module back; layers of torch.nn write to nothing but their buffers."""
@@ -240,11 +288,11 @@ class _Memory:
 
     def _remember_tensor(self, tensor: Tensor, path: str) -> None:
         saved = tensor.detach().clone()
-        self.values.append(partial(_restore_tensor, tensor, saved))
+        self.values.append(partial(restore_tensor, tensor, saved))
         if not tensor.is_inference():
-            self.containers.append(partial(_restore_written, tensor, saved, tensor._version))
+            self.containers.append(partial(restore_written, tensor, saved, tensor._version))
         if tensor.is_leaf:
-            self.containers.append(partial(_restore_leaf, tensor, tensor.grad, tensor.requires_grad))
+            self.containers.append(partial(restore_leaf, tensor, tensor.grad, tensor.requires_grad))
             self.remember(tensor.grad, path)
 
     def _remember_all(self, values: Any, path: str) -> None:
@@ -268,76 +316,19 @@ class _Memory:
         return True
 
 
+def _in_callable(value: MethodType | partial[Any]) -> tuple[Any, ...]:
+    """Return the objects that a bound method or a partial function leads to."""
+    return (value.__self__,) if isinstance(value, MethodType) else (value.func, *value.args, *value.keywords.values())
+
+
 @lru_cache(maxsize=1024)
 def _is_installed(module: str) -> bool:
     """Return whether a module came with Python or from a package index; a script, a notebook or a checkout did not."""
     if module == "__main__":
         return False
     file = getattr(sys.modules.get(module), "__file__", None)
-    if file is None or module.partition(".")[0] == __name__.partition(".")[0]:
+    if file is None or module.partition(".")[0] == _OURS:
         return True
     return file.startswith(sysconfig.get_path("stdlib")) or bool(
         {"site-packages", "dist-packages"} & {*Path(file).parts}
     )
-
-
-def _restore_leaf(tensor: Tensor, grad: Tensor | None, requires_grad: bool) -> bool:
-    changed = tensor.requires_grad != requires_grad or tensor.grad is not grad
-    if tensor.requires_grad != requires_grad:
-        tensor.requires_grad_(requires_grad)
-    if tensor.grad is not grad:
-        tensor.grad = grad
-    return changed
-
-
-def _restore_tensor(tensor: Tensor, saved: Tensor) -> bool:
-    if tensor.shape != saved.shape:
-        tensor.data = saved.clone()
-    elif tensor.layout is not torch.strided or not torch.equal(tensor.detach(), saved):
-        tensor.data.copy_(saved)  # `.data`: no graph, and no new version of the tensor
-    else:
-        return False
-    return True
-
-
-def _restore_written(tensor: Tensor, saved: Tensor, version: int) -> bool:
-    return tensor._version != version and _restore_tensor(tensor, saved)
-
-
-def _restore_array(array: Any, saved: Any) -> bool:
-    changed: bool = array.tobytes() != saved.tobytes()
-    if changed:
-        array[...] = saved
-    return changed
-
-
-def restore_mapping(mapping: MutableMapping[Any, Any], saved: dict[Any, Any]) -> bool:
-    """Put the keys and values of ``mapping`` back, in their order, and return whether any had changed."""
-    if _same(mapping.values(), saved.values()) and _same(mapping, saved):
-        return False
-    if not _same(mapping, saved):
-        mapping.clear()
-    for key, value in saved.items():  # a Counter understands `update` differently
-        mapping[key] = value
-    return True
-
-
-def _restore_sequence(sequence: Any, saved: list[Any]) -> bool:
-    if _same(sequence, saved):
-        return False
-    sequence.clear()
-    sequence.extend(saved)
-    return True
-
-
-def _restore_set(values: set[Any], saved: set[Any]) -> bool:
-    if values == saved:
-        return False
-    values.clear()
-    values.update(saved)
-    return True
-
-
-def _same(now: Collection[Any], saved: Collection[Any]) -> bool:
-    """Return whether nothing changed, so that what was not touched is not written to either."""
-    return len(now) == len(saved) and all(map(is_, now, saved))

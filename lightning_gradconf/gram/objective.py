@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.func import functional_call
 
+from lightning_gradconf.gram.module_state import random_states
+
 LossFn = Callable[[Any, Any], Tensor]
 Result = TypeVar("Result")
 
@@ -40,7 +42,10 @@ class Objective:
     def copies(self) -> dict[str, Tensor]:
         """Return copies of the module's tensors for `at`, of which the parameters are leaves that require grad."""
         copies = {name: p.detach().clone().requires_grad_() for name, p in self.parameters.items()}
-        return copies | {name: t.detach().clone() for name, t in self.constants.items()}
+        copies |= {name: t.detach().clone() for name, t in self.constants.items()}
+        for name, original in (*self.parameters.items(), *self.constants.items()):
+            take_attributes(copies[name], original)
+        return copies
 
     def check_leaves(self, leaves: Iterable[Tensor]) -> None:
         """Check that a loss computed with other tensors in place of the module's own has not reached these.
@@ -52,6 +57,18 @@ class Objective:
         for leaf in leaves:
             if (name := own.get(id(leaf))) is not None:
                 raise RuntimeError(f"the loss takes {name} from somewhere else than the module, such as a list")
+
+    def fill_caches(self, tensors: dict[str, Tensor], unit: Any) -> None:
+        """Compute the loss of a unit in the ordinary way, before units are computed together.
+
+        What user code caches outside of the module, such as a mask by its size, is an ordinary tensor then. One that is
+        made inside vmap would be of no use to the training afterwards, which finds it in the cache.
+        """
+        drawn = random_states()
+        constants = {name: tensor.detach().clone() for name, tensor in self.constants.items()}
+        self.at({**tensors, **constants}, unit, lambda loss: None)
+        for restore, state in drawn:
+            restore(state)
 
     def at(self, tensors: dict[str, Tensor], unit: Any, then: Callable[[Tensor], Result]) -> Result:
         """Return ``then(loss of the unit)`` with ``tensors`` in place of the module's own.
@@ -101,6 +118,15 @@ def objective(module: nn.Module, loss_fn: LossFn, parameters: str | Sequence[str
         )
     others = {name: p for name, p in module.named_parameters() if name not in tracked}
     return Objective(module, loss_fn, tracked, others | dict(module.named_buffers()))
+
+
+def take_attributes(copy: Tensor, original: Tensor) -> None:
+    """Let a copy of a parameter have its attributes and pass for one: a loss may ask for its kind, or for a mask."""
+    vars(copy).update(vars(original))
+    if isinstance(original, nn.Parameter):
+        vars(copy)["_is_param"] = True  # what isinstance() asks for
+    if type(original) not in (Tensor, nn.Parameter) and type(copy) is Tensor:
+        copy.__class__ = type(original)
 
 
 def as_rows(gradients: Tensor, n: int) -> Tensor:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+
+from lightning_gradconf.gram.module_state import reachable
+
 
 @contextmanager
-def refused() -> Iterator[None]:
+def refused(generators: Sequence[Any]) -> Iterator[None]:
     """Check that a loss of many units draws no random number that would have to be each unit's own.
+
+    Args:
+        generators: Those of the module's own, as of `generators_of`, beside the global ones.
 
     Raises:
         NotImplementedError: It does.
     """
-    before = states_of_python()
+    before = [states_of_python(), *map(_state, generators)]
     yield
-    if before != states_of_python():
+    if before != [states_of_python(), *map(_state, generators)]:
         raise NotImplementedError("the loss draws random numbers from Python or NumPy, of which all units get the same")
 
 
@@ -29,3 +37,17 @@ def states_of_python() -> list[Any]:
         kind, keys, *position = numpy.random.get_state()
         states += [kind, keys.tobytes(), *position]
     return states
+
+
+def generators_of(module: nn.Module) -> list[Any]:
+    """Return the random generators of Python and NumPy that Python state of ``module`` leads to."""
+    kinds: tuple[type, ...] = (random.Random,)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        kinds += (numpy.random.Generator, numpy.random.RandomState)
+    return [value for value in reachable(module) if isinstance(value, kinds)]
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return pickle.dumps(generator.bit_generator.state if hasattr(generator, "bit_generator") else generator.get_state())

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from lightning_gradconf.batches.units import stack
+from lightning_gradconf.batches.units import copy_of, stack
 from lightning_gradconf.gram import shared_draws
 from lightning_gradconf.gram.ghost import graph as graphs
 from lightning_gradconf.gram.module_state import rewinder, without_warnings
-from lightning_gradconf.gram.objective import Objective, as_rows
+from lightning_gradconf.gram.objective import Objective, as_rows, take_attributes
 from lightning_gradconf.gram.plain_autograd import disagreement, in_words
 
 
@@ -33,19 +33,24 @@ def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, 
     parameters = {name: p.detach().clone() for name, p in objective.parameters.items()}
     compared: list[bool] = []
 
-    rewind = rewinder(objective.module)
+    rewind, generators = rewinder(objective.module), shared_draws.generators_of(objective.module)
 
     def gradients(units: Sequence[Any]) -> dict[str, Tensor]:
         tensors, rebuild = stack(units)
+        if not compared:
+            objective.fill_caches(objective.copies(), copy_of(units[0]))
+            rewind()
 
         def loss(parameters: dict[str, Tensor], *rows: Tensor) -> tuple[Tensor, Tensor]:
             # Made in here, the copies may be written to: torch.func forbids it for tensors from outside.
             constants = {name: t.detach().clone() for name, t in objective.constants.items()}
+            for name, parameter in parameters.items():
+                take_attributes(parameter, objective.parameters[name])
             return objective.at(parameters | constants, rebuild([row.clone() for row in rows]), _twice)
 
         per_unit = vmap(grad(loss, has_aux=True), in_dims=(None, *[0] * len(tensors)), randomness="different")
         # Attention on a CPU has no batching rule: torch says so each time, and is right and not much slower.
-        with shared_draws.refused(), without_warnings("There is a performance drop because"):
+        with shared_draws.refused(generators), without_warnings("There is a performance drop because"):
             found, losses = per_unit(parameters, *tensors)
         rewind()
         objective.check_leaves(graphs.leaves(losses.grad_fn))

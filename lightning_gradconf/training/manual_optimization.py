@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.overrides import TorchFunctionMode
 
-from lightning_gradconf.gram.module_state import restore_mapping
+from lightning_gradconf.gram.restoring import restore_mapping
 from lightning_gradconf.training.compat import lightning_modules
 
 if TYPE_CHECKING:

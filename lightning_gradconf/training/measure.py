@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def measured_now(session: Session, batch: Any, batch_idx: int, step: int) -> list[Measurement]:
     """Return what is measured at the present weights, one measurement for each loss of the step.
 
-    There is none if the module skips this batch or units are too few.
+    There is none if the module skips this batch, all of it is frozen, or units are too few.
 
     Args:
         session: The run.
@@ -38,6 +38,8 @@ def measured_now(session: Session, batch: Any, batch_idx: int, step: int) -> lis
     """
     trainer, module, ranks = session.trainer, session.module, session.ranks
     session.schedule.owed = True  # until there is a measurement
+    if not any(p.requires_grad for p in module.parameters()):  # all of it is frozen, for now
+        return []
     if session.sharded:
         sharded.reshard(module)
     session.loss.batch_idx, session.loss.skipped = batch_idx, True

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_gradconf.batches.units import copy_of
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.metric_answers import answered
-from lightning_gradconf.gram.module_state import random_states, restore_mapping, untouched, without_warnings
+from lightning_gradconf.gram.module_state import random_states, untouched, without_warnings
 from lightning_gradconf.gram.objective import Objective, objective
 from lightning_gradconf.gram.ranks import sharded
 from lightning_gradconf.training.compat import lightning_modules, namespace
@@ -44,18 +44,18 @@ def no_trace(trainer: Trainer, module: LightningModule, *others: Any, data: Iter
         trainer: The running Trainer.
         module: Its LightningModule.
         others: More containers whose contents are put back.
-        data: What data are read from, of which attributes and random generators are put back.
+        data: What data are read from, of which attributes and random generators are put back, as they are of the
+            Trainer (``should_stop``, the loggers, what the user's code keeps there) and its callbacks.
     """
     with ExitStack() as stack:
         groups = [optimizer.param_groups for optimizer in trainer.optimizers]
         schedulers = [vars(config.scheduler) for config in trainer.lr_scheduler_configs]
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        data = [*data] if datamodule is None else [*data, datamodule]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        data = [*data, trainer, *callbacks, *([] if datamodule is None else [datamodule])]
         # What a manually optimised step does to gradients by hand, it does to those of the module itself.
         tensors = not module.automatic_optimization or any(_is_overridden(module, name) for name in _HOOKS)
         stack.enter_context(untouched(module, *groups, *schedulers, *others, data=data, tensors=tensors))
-        # Among its attributes are should_stop and the loggers, and what the user's code keeps there.
-        stack.callback(restore_mapping, vars(trainer), dict(vars(trainer)))
         trainer.loggers = [silent(logger) for logger in trainer.loggers]
         for part in lightning_modules(module):
             vars(part)["log"] = vars(part)["print"] = _ignore  # `untouched` removes them again; log_dict calls log

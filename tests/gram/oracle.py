@@ -60,9 +60,13 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def as_measured(unit_size: int) -> Iterator[None]:
     """Switch off what functions draw, and give BatchNorm its running statistics for units of one sample."""
     dropout, attention, batch_norm = F.dropout, F.scaled_dot_product_attention, F.batch_norm
+    of_torch = torch.batch_norm
 
     def running(x: Any, mean: Any, var: Any, w: Any = None, b: Any = None, training: bool = False, *rest: Any) -> Any:
         return batch_norm(x, mean, var, w, b, training and (unit_size > 1 or mean is None), *rest)
+
+    def running_of_torch(x: Any, w: Any, b: Any, mean: Any, var: Any, training: bool, *rest: Any) -> Any:
+        return of_torch(x, w, b, mean, var, training and (unit_size > 1 or mean is None), *rest)
 
     def without_dropout(
         q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0, *a: Any, **kw: Any
@@ -71,11 +75,12 @@ def as_measured(unit_size: int) -> Iterator[None]:
 
     F.dropout = lambda x, *_, **__: dropout(x, 0.0)
     F.scaled_dot_product_attention = without_dropout
-    F.batch_norm = running
+    F.batch_norm, torch.batch_norm = running, running_of_torch
     try:
         yield
     finally:
         F.dropout, F.scaled_dot_product_attention, F.batch_norm = dropout, attention, batch_norm
+        torch.batch_norm = of_torch
 
 
 def expected(case: Case, unit_size: int, measured: Callable[[int, Any, Grams], None]) -> None:

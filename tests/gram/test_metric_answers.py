@@ -269,6 +269,10 @@ class Depends(Net):
         loss, accuracy = F.cross_entropy(logits, batch[1]), self.metrics(logits, batch[1])
         if self.how == "weight":
             return loss * (1 + accuracy)
+        if self.how == "threshold":  # far from what a unit has
+            return loss if float(accuracy) > -1e4 else 3 * loss
+        if self.how == "clamp":
+            return loss * accuracy.clamp(min=100)
         return loss if float(accuracy) < 0.5 else 3 * loss
 
     def made(self):
@@ -276,7 +280,7 @@ class Depends(Net):
         return Accuracy(**TASK)
 
 
-@pytest.mark.parametrize("how", ["weight", "branch", "itself"])
+@pytest.mark.parametrize("how", ["weight", "branch", "itself", "threshold", "clamp"])
 def test_a_loss_that_depends_on_a_metric_gets_the_real_ones(how):
     torch.manual_seed(0)
     module, batch = Depends(), batch_of()

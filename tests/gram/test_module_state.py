@@ -7,6 +7,7 @@ import random
 import warnings
 from argparse import Namespace
 from collections import Counter, OrderedDict, UserDict, defaultdict, deque
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -158,6 +159,75 @@ def test_what_only_a_later_unit_changes_is_put_back():
     trap.tensor += 1
     rewind()
     assert trap.number == 1 and not hasattr(trap, "new") and trap.items == [1, [2]] and trap.tensor.tolist() == [1, 1]
+
+
+class Slots:
+    __slots__ = ("more", "number")
+
+    def __init__(self):
+        self.number, self.more = 0, [0]
+
+
+class OwnDict(dict):
+    pass
+
+
+class Counting:
+    def __init__(self):
+        self.number = 0
+
+    def add(self, by=1):
+        self.number += by
+
+
+def counting(holder):
+    """Return a module that holds an object in some way, and the object."""
+    module, counter = nn.Linear(1, 1), Counting()
+    module.held = holder(counter)
+    return module, counter
+
+
+@pytest.mark.parametrize(
+    "holder",
+    [
+        lambda counter: counter.add,
+        lambda counter: partial(Counting.add, counter),
+        lambda counter: partial(counter.add, by=2),
+        lambda counter: {counter},
+        lambda counter: frozenset({counter}),
+        lambda counter: {counter: 1},
+        lambda counter: SimpleNamespace(deep=[(counter,)]),
+    ],
+)
+def test_objects_are_found_however_they_are_held(holder):
+    module, counter = counting(holder)
+    with untouched(module):
+        counter.add()
+        counter.new = 1
+    assert vars(counter) == {"number": 0}
+
+
+def test_attributes_of_containers_and_of_objects_without_a_dictionary_are_put_back():
+    module = nn.Linear(1, 1)
+    module.slots, module.own = Slots(), OwnDict(a=1)
+    module.own.count = 0
+    with untouched(module):
+        module.slots.number = 5
+        module.slots.more.append(1)
+        module.own.count = 5
+        module.own["b"] = 2
+    assert (module.slots.number, module.slots.more, module.own.count, dict(module.own)) == (0, [0], 0, {"a": 1})
+
+
+def test_a_long_chain_of_objects_is_followed():
+    module = nn.Linear(1, 1)
+    module.chain = last = Counting()
+    for _ in range(3000):
+        last.following = Counting()
+        last = last.following
+    with untouched(module):
+        last.add()
+    assert last.number == 0
 
 
 class Base(nn.Module):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lightning_gradconf.batches.structure import same
-from lightning_gradconf.gram.ghost.value_reads import agreed, differing
+from lightning_gradconf.gram.ghost.agreement import agreed, differing
 
 if TYPE_CHECKING:
     from lightning_gradconf.gram.ghost.unit_mode import UnitMode

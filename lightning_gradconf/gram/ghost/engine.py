@@ -20,24 +20,24 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_gradconf.batches.units import shapes_of
-from lightning_gradconf.gram import loop
+from lightning_gradconf.batches.units import copy_of, shapes_of
+from lightning_gradconf.gram import loop, shared_draws
 from lightning_gradconf.gram.findings import Findings, Places
 from lightning_gradconf.gram.ghost import graph as graphs
 from lightning_gradconf.gram.ghost import lstm
 from lightning_gradconf.gram.ghost.accumulator import Accumulator
+from lightning_gradconf.gram.ghost.agreement import UnitsDiffer
 from lightning_gradconf.gram.ghost.factors import Dense, GradientFactors, gram_of_sum
 from lightning_gradconf.gram.ghost.graph import Graph
 from lightning_gradconf.gram.ghost.joining import joined, reordered
 from lightning_gradconf.gram.ghost.nodes import shapes
 from lightning_gradconf.gram.ghost.search import search
 from lightning_gradconf.gram.ghost.unit_losses import Forward, forward
-from lightning_gradconf.gram.ghost.value_reads import UnitsDiffer
 from lightning_gradconf.gram.ghost.verify import SCALE, Proof, random_weights
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.memory_budget import megabytes
 from lightning_gradconf.gram.module_state import random_states, rewinder
-from lightning_gradconf.gram.objective import Objective, accumulation_dtype, run_backward, sizes
+from lightning_gradconf.gram.objective import Objective, accumulation_dtype, run_backward, sizes, take_attributes
 from lightning_gradconf.gram.plain_autograd import disagreement, in_words
 
 log = logging.getLogger("lightning_gradconf")
@@ -45,7 +45,7 @@ Factors = dict[str, list[GradientFactors]]
 _MOST_GROUPS = 4  # more passes of fewer units are slower than the loop
 
 _ATTEMPTS = 4  # at finding where the units lie
-_REMEMBERED = 256  # graphs
+_REMEMBERED = 256  # graphs, and shapes of units
 
 
 def unit_grams(
@@ -116,7 +116,11 @@ def _measured(
         raise RuntimeError(findings.refused)
     findings.measurements += 1
     proves = findings.measurements & (findings.measurements - 1) == 0  # 1, 2, 4, 8, ...
+    if proves:
+        findings.generators = shared_draws.generators_of(objective.module)
     leaves = {name: findings.copy(name, p).requires_grad_() for name, p in objective.parameters.items()}
+    for name, leaf in leaves.items():
+        take_attributes(leaf, objective.parameters[name])
     by_shape: dict[Hashable, list[int]] = defaultdict(list)
     for i, unit in enumerate(units):
         by_shape[shapes_of(unit)].append(i)
@@ -133,6 +137,13 @@ def _measured(
             yield _Group(indices, {}, {name: [Dense(row)] for name, row in rows.items()})
             continue
         measurement = _Measurement(objective, leaves, some, mode, findings, budget, keep or passes > 1, rewind)
+        if (shapes := shapes_of(some[0])) not in findings.shapes:
+            if len(findings.shapes) >= _REMEMBERED:
+                findings.shapes.clear()
+            findings.shapes.add(shapes)
+            with mode:
+                objective.fill_caches(leaves, copy_of(some[0]))
+            rewind()
         try:
             first = measurement.forward()
         except UnitsDiffer as differ:
@@ -168,7 +179,8 @@ class _Measurement:
         for restore, state in self._drawn:
             restore(state)
         try:
-            return forward(self.objective, self.leaves, self.units, self.mode, self.findings.writes)
+            with shared_draws.refused(self.findings.generators):
+                return forward(self.objective, self.leaves, self.units, self.mode, self.findings.writes)
         finally:
             self.rewind()
 

@@ -17,7 +17,6 @@ from torch.autograd.graph import Node
 from torch.func import vmap
 
 from lightning_gradconf.batches.units import stack
-from lightning_gradconf.gram import shared_draws
 from lightning_gradconf.gram.ghost.batch_reads import part_of_units
 from lightning_gradconf.gram.ghost.custom_functions import vmappable
 from lightning_gradconf.gram.ghost.functorch import batched, check_available
@@ -121,7 +120,7 @@ def _forward(
 
     quiet: AbstractContextManager[None] = without_warnings("There is a performance drop because")
     try:
-        with shared_draws.refused(), vmappable(n), quiet, unit_mode:
+        with vmappable(n), quiet, unit_mode:
             losses = vmap(loss, randomness="different")(*tensors)
     finally:
         if unit_mode.differ is not None:  # also where the user's code has caught it, or made another error of it

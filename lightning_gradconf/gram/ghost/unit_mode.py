@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from lightning_gradconf.gram.ghost import batching_rules, derivative_rules
+from lightning_gradconf.gram.ghost.agreement import UnitsDiffer
 from lightning_gradconf.gram.ghost.functorch import batched, behind, is_batched
-from lightning_gradconf.gram.ghost.value_reads import READS, UnitNumber, UnitsDiffer
+from lightning_gradconf.gram.ghost.unit_numbers import UnitNumber
+from lightning_gradconf.gram.ghost.value_reads import READS
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 
 _FACTORIES = {
@@ -59,8 +61,10 @@ class UnitMode(MeasurementMode):
     ) -> Any:
         """Call ``func`` as its rule says, or as it is."""
         args, kwargs = self.arguments(func, args, kwargs or {})
-        if any(type(arg) is UnitNumber for arg in args):
-            args = tuple(arg.tensor if type(arg) is UnitNumber else arg for arg in args)
+        if any(type(arg) is UnitNumber for arg in (*args, *kwargs.values())):
+            beside = (*args, *kwargs.values())
+            args = tuple(arg.beside(*beside) if type(arg) is UnitNumber else arg for arg in args)
+            kwargs = {name: arg.beside(*beside) if type(arg) is UnitNumber else arg for name, arg in kwargs.items()}
         if (rule := _RULES.get(func)) is not None:
             if _any_batched(args) or _any_batched(kwargs.values()):
                 result = rule(self, func, *args, **kwargs)

@@ -6,107 +6,18 @@ each of them, so the pass breaks off with `UnitsDiffer`, and begins again with t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lightning_gradconf.gram.ghost.agreement import agreed
 from lightning_gradconf.gram.ghost.functorch import batched, below_vmap, in_front, is_batched
+from lightning_gradconf.gram.ghost.unit_numbers import UnitNumber
 
 if TYPE_CHECKING:
     from lightning_gradconf.gram.ghost.unit_mode import UnitMode
-
-
-class UnitsDiffer(Exception):
-    """Python reads different values of different units.
-
-    Attributes:
-        values: What it reads of each.
-    """
-
-    def __init__(self, values: Sequence[Hashable], where: str) -> None:
-        super().__init__(f"units have different values in {where}")
-        self.values = values
-
-
-class UnitNumber:
-    """A number of each unit, as ``item()`` returns it.
-
-    Arithmetic on it stays with the units, and text shows the first unit's number. Only where Python needs one number
-    (``float()``, ``if``, ``range``) are the units compared. So a number that is stored or printed costs nothing.
-    """
-
-    __slots__ = ("_mode", "tensor")
-
-    def __init__(self, tensor: Tensor, mode: UnitMode) -> None:
-        self.tensor, self._mode = tensor.detach(), mode
-
-    def __float__(self) -> float:
-        return float(same(self._mode, float, self.tensor, "a number from item()"))
-
-    def __int__(self) -> int:
-        return int(same(self._mode, int, self.tensor, "a number from item()"))
-
-    def __bool__(self) -> bool:
-        return bool(same(self._mode, bool, self.tensor, "a number from item()"))
-
-    __index__ = __trunc__ = __int__
-
-    def __repr__(self) -> str:
-        return repr(self._of_first_unit())
-
-    def __format__(self, spec: str) -> str:
-        return format(self._of_first_unit(), spec)
-
-    def __round__(self, digits: int = 0) -> UnitNumber:
-        return UnitNumber(torch.round(self.tensor, decimals=digits), self._mode)
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def _of_first_unit(self) -> Any:
-        with below_vmap(), torch._C.DisableTorchFunction():
-            return in_front(self.tensor, 1).flatten()[0].item()
-
-
-def _operator(name: str) -> Callable[..., Any]:
-    def operator(self: UnitNumber, *others: Any) -> Any:
-        with self._mode.without_reads():
-            plain = [other.tensor if isinstance(other, UnitNumber) else other for other in others]
-            result = getattr(self.tensor, name)(*plain)
-        # A tensor in, a tensor out; numbers in, a number out.
-        lone = not any(isinstance(other, Tensor) for other in others)
-        return UnitNumber(result, self._mode) if lone and isinstance(result, Tensor) else result
-
-    return operator
-
-
-_BINARY = [
-    "add",
-    "radd",
-    "sub",
-    "rsub",
-    "mul",
-    "rmul",
-    "truediv",
-    "rtruediv",
-    "floordiv",
-    "rfloordiv",
-    "mod",
-    "rmod",
-    "pow",
-    "rpow",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "eq",
-    "ne",
-]
-for _name in (*_BINARY, "neg", "abs"):
-    setattr(UnitNumber, f"__{_name}__", _operator(f"__{_name}__"))
 
 
 def same(mode: UnitMode, read: Callable[[Tensor], Any], tensor: Tensor, where: str) -> Any:
@@ -118,41 +29,19 @@ def same(mode: UnitMode, read: Callable[[Tensor], Any], tensor: Tensor, where: s
     """
     if not is_batched(tensor):
         return read(tensor)
+    rows = _rows(mode, tensor, where)
+    with below_vmap(), torch._C.DisableTorchFunction():
+        found = [read(value) for value in rows]
+    return agreed(mode, found, where)
+
+
+def _rows(mode: UnitMode, tensor: Tensor, where: str) -> Tensor:
+    """Return the values of all units, ``(n, ...)``, on the CPU."""
     rows = in_front(tensor, mode.n)
     if is_batched(rows):
         raise NotImplementedError(f"a value is read inside a vmap of the loss's own ({where})")
     with below_vmap(), torch._C.DisableTorchFunction():
-        values = rows.detach().cpu()
-        found = [read(value) for value in values]
-    return agreed(mode, found, where)
-
-
-def agreed(mode: UnitMode, values: Sequence[Any], where: str) -> Any:
-    """Return the value that all units have, and remember that it was read.
-
-    Raises:
-        UnitsDiffer: They have different ones.
-    """
-    keys = [_key(value) for value in values]
-    if any(key != keys[0] for key in keys):
-        raise differing(mode, keys, where)
-    mode.reads.append(keys[0])
-    return values[0]
-
-
-def differing(mode: UnitMode, values: Sequence[Hashable], where: str) -> UnitsDiffer:
-    """Return the error to raise, and remember it: the user's code may catch what comes out of a call."""
-    error = UnitsDiffer(values, where)
-    mode.differ = mode.differ or error
-    return error
-
-
-def _key(value: Any) -> Hashable:
-    if isinstance(value, float) and math.isnan(value):
-        return "nan"  # equal to itself here
-    if isinstance(value, list | tuple):
-        return tuple(map(_key, value))
-    return value  # type: ignore[no-any-return]
+        return rows.detach().cpu()
 
 
 # ---- calls that read ------------------------------------------------------------------------------------------------
@@ -165,7 +54,11 @@ def _number(mode: UnitMode, function: Callable[..., Any], tensor: Tensor, *args:
 def _item(mode: UnitMode, function: Callable[..., Any], tensor: Tensor) -> Any:
     if tensor.numel() != 1:
         raise ValueError(f"item() of a tensor with {tensor.numel()} elements")
-    return UnitNumber(tensor.reshape(()), mode) if is_batched(tensor) else function(tensor)
+    if not is_batched(tensor):
+        return function(tensor)
+    if tensor.dtype == torch.bool:
+        return same(mode, bool, tensor, "item()")
+    return UnitNumber(_rows(mode, tensor.reshape(()), "item()").tolist(), mode)
 
 
 def _numpy(mode: UnitMode, function: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -179,6 +72,9 @@ def _compare(mode: UnitMode, function: Callable[..., Any], *args: Any, **kwargs:
 
 
 def _text(mode: UnitMode, function: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> str:
+    """Return the text of the first unit's value; whole numbers are compared, as text of them may be a key."""
+    if not tensor.is_floating_point():
+        same(mode, lambda value: value.tolist(), tensor, function.__name__)
     with below_vmap(), torch._C.DisableTorchFunction():
         return str(function(in_front(tensor, mode.n)[0].detach(), *args, **kwargs))
 
@@ -240,8 +136,8 @@ def _select(mode: UnitMode, function: Callable[..., Any], tensor: Tensor, index:
 
 
 def _assign(mode: UnitMode, function: Callable[..., Any], tensor: Tensor, index: Any, value: Any) -> Any:
-    if isinstance(value, UnitNumber):
-        value = value.tensor
+    if type(value) is UnitNumber:
+        value = value.beside(tensor)
     if isinstance(value, Tensor) and value.dim() and not isinstance(index, tuple):
         index = _index(mode, index)
     elif is_batched(index) and index.dtype == torch.bool:  # one value wherever the mask says so

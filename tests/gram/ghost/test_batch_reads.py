@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from lightning_gradconf.gram.ghost.agreement import UnitsDiffer
 from lightning_gradconf.gram.ghost.batch_reads import PartOfUnits, part_of_units
 from lightning_gradconf.gram.ghost.unit_mode import UnitMode
-from lightning_gradconf.gram.ghost.value_reads import UnitsDiffer
 
 
 @pytest.fixture

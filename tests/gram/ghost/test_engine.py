@@ -356,10 +356,22 @@ def test_a_loss_that_draws_gets_numbers_of_its_own_for_each_unit():
     assert len({round(float(value), 9) for value in gram.diagonal()}) == 6
 
 
-@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["Python", "NumPy"])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda self: random.random(),
+        lambda self: np.random.rand(),
+        lambda self: self.own.random(),
+        lambda self: self.own_numpy["deep"].random(),
+        lambda self: self.own_state.rand(),
+    ],
+    ids=["Python", "NumPy", "own of Python", "own of NumPy", "own state of NumPy"],
+)
 def test_numbers_that_python_draws_are_each_units_own(draw, caplog):
     _say_once.cache_clear()
-    model = Model(lambda self, x: self.layer(x) * (1 + draw()), layer=nn.Linear(4, 3)).double()
+    model = Model(lambda self, x: self.layer(x) * (1 + draw(self)), layer=nn.Linear(4, 3)).double()
+    model.own, model.own_numpy = random.Random(1), {"deep": np.random.default_rng(1)}
+    model.own_state = np.random.RandomState(1)
     with caplog.at_level(logging.INFO, "lightning_gradconf"):
         assert used(model, mean_square, torch.ones(6, 4).double()) == "loop"
     assert "random numbers from Python or NumPy" in caplog.text

@@ -73,6 +73,10 @@ NOT_YET: dict[str, tuple[int, ...]] = {}
 VMAP_CANNOT = set(
     [
         "accuracy_by_item",
+        "arithmetic_of_small_integers",
+        "item_as_a_key",
+        "mask_in_a_cache",
+        "tasks_by_text",
         "adversarial_and_gradient_reversal",
         "adversarial_step",
         "backward_hook_of_a_module",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from collections import deque
@@ -543,3 +544,74 @@ def unit_that_goes_its_own_way_alone() -> Any:
     for x in batches:
         x[:3] *= torch.tensor([1.0, -1.0, -1.0])[:, None]
     return Model(lambda self: None, weight=nn.Parameter(torch.randn(4, 4))), loss, batches
+
+
+@case
+def item_as_a_key() -> Any:
+    """Classes, as numbers of Python, that are keys and members; and a truth value asked for itself."""
+    weights = {0: 5.0, 2: 0.5}
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        x, y = batch
+        found = [weights.get(label.item(), 1.0) for label in y]
+        rare = len({label.item() for label in y}) + (2.0 if (y == 1).any().item() is True else 0.0)
+        return sum(found) * rare * F.cross_entropy(module(x), y)
+
+    return nn.Linear(4, 3), loss, pairs(4)
+
+
+@case
+def tasks_by_text() -> Any:
+    """A head is chosen by the text of a whole number."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        task = int(x[0, 0] > 0) + (x[0, 0] > 0).long()
+        return self.heads[f"task{task.item()}"](x) + self.heads["task" + str(task.item())](x)
+
+    heads = nn.ModuleDict({f"task{i}": nn.Linear(4, 3) for i in (0, 2)})
+    return Model(forward, heads=heads), mean_square, inputs(4)
+
+
+@case
+def arithmetic_of_small_integers() -> Any:
+    """Numbers of Python know no overflow, and bools add up, whatever the tensor was that they come from."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        x, y = batch
+        label = y[0].to(torch.uint8)
+        scale = 1 + 100 * label.item() + 2 ** -y[0].item() + (y[0] > 0).item() + (y[0] > 1).item()
+        scale = scale + y[0].int().item() * 2654435761 % 7 + round(label.item() / 3, 1) + -7 // (1 + label.item())
+        return scale * F.cross_entropy(module(x), y)
+
+    return nn.Linear(4, 3), loss, pairs(4)
+
+
+@functools.lru_cache
+def mask_of(size: int) -> Tensor:
+    """Return a causal mask that is made once."""
+    return torch.zeros(size, size, dtype=torch.float64) + torch.ones(size, size, dtype=torch.float64).tril()
+
+
+@case
+def mask_in_a_cache() -> Any:
+    """A mask kept outside of the module, beside a tensor of zeros that units write to."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        padded = torch.zeros(x.shape[0], x.shape[1], dtype=x.dtype)
+        padded[:, 1:] = x[:, 1:]
+        return mask_of(x.shape[1]) @ self.layer(padded)[..., None]
+
+    mask_of.cache_clear()
+    return Model(forward, layer=nn.Linear(4, 4)), mean_square, inputs(4)
+
+
+@case
+def batch_norm_of_torch() -> Any:
+    """The function of torch itself, and not that of torch.nn.functional."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        n = self.norm
+        h = self.layer(x)
+        return torch.batch_norm(h, n.weight, n.bias, n.running_mean, n.running_var, self.training, 0.1, 1e-5, False)
+
+    return Model(forward, layer=nn.Linear(4, 3), norm=nn.BatchNorm1d(3)), mean_square, inputs(4)

@@ -1,0 +1,86 @@
+"""How one object is put back. Each function returns whether it had changed, and writes only if it had."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, MutableMapping
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def restore_leaf(tensor: Tensor, grad: Tensor | None, requires_grad: bool) -> bool:
+    """Put the gradient and the flag of a leaf back."""
+    changed = tensor.requires_grad != requires_grad or tensor.grad is not grad
+    if tensor.requires_grad != requires_grad:
+        tensor.requires_grad_(requires_grad)
+    if tensor.grad is not grad:
+        tensor.grad = grad
+    return changed
+
+
+def restore_tensor(tensor: Tensor, saved: Tensor) -> bool:
+    """Put the values of a tensor back, found by comparing them."""
+    if tensor.shape != saved.shape:
+        tensor.data = saved.clone()
+    elif tensor.layout is not torch.strided or not torch.equal(tensor.detach(), saved):
+        tensor.data.copy_(saved)  # `.data`: no graph, and no new version of the tensor
+    else:
+        return False
+    return True
+
+
+def restore_written(tensor: Tensor, saved: Tensor, version: int) -> bool:
+    """Put the values of a tensor back, if its version says that it was written to."""
+    return tensor._version != version and restore_tensor(tensor, saved)
+
+
+def restore_array(array: Any, saved: Any) -> bool:
+    """Put the values of a NumPy array back."""
+    changed: bool = array.tobytes() != saved.tobytes()
+    if changed:
+        array[...] = saved
+    return changed
+
+
+def restore_mapping(mapping: MutableMapping[Any, Any], saved: dict[Any, Any]) -> bool:
+    """Put the keys and values of ``mapping`` back, in their order, and return whether any had changed."""
+    if _same(mapping.values(), saved.values()) and _same(mapping, saved):
+        return False
+    if not _same(mapping, saved):
+        mapping.clear()
+    for key, value in saved.items():  # a Counter understands `update` differently
+        mapping[key] = value
+    return True
+
+
+def restore_sequence(sequence: Any, saved: list[Any]) -> bool:
+    """Put the entries of a list or deque back."""
+    if _same(sequence, saved):
+        return False
+    sequence.clear()
+    sequence.extend(saved)
+    return True
+
+
+def restore_set(values: set[Any], saved: set[Any]) -> bool:
+    """Put the entries of a set back."""
+    if values == saved:
+        return False
+    values.clear()
+    values.update(saved)
+    return True
+
+
+def restore_slots(value: Any, saved: dict[str, Any]) -> bool:
+    """Put the attributes of an object with ``__slots__`` back."""
+    changed = [name for name, entry in saved.items() if getattr(value, name, None) is not entry]
+    for name in changed:
+        object.__setattr__(value, name, saved[name])
+    return bool(changed)
+
+
+def _same(now: Collection[Any], saved: Collection[Any]) -> bool:
+    """Return whether nothing changed, so that what was not touched is not written to either."""
+    return len(now) == len(saved) and all(map(is_, now, saved))
