@@ -2,7 +2,7 @@
 
 The text is what is installed with Python, so nothing is downloaded. Gradients are those of whole windows of 64 bytes.
 
-    python examples/gpt_stdlib.py [--fast]
+    make example NAME=gpt_stdlib
 """
 
 from __future__ import annotations

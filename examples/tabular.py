@@ -3,7 +3,7 @@
 The data comes with scikit-learn. A squared error pulls every patient up or down, so gradients agree or oppose each
 other; the run ends with the density of their cosines.
 
-    python examples/tabular.py [--fast]
+    make example NAME=tabular
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Layer by layer: a Hugging Face Vision Transformer, made from a config, learns handwritten digits.
 
-The data is the 1797 real 8x8 scans bundled with scikit-learn, and no weights are downloaded; needs
-``pip install transformers``. ``per_layer`` logs the lowest cosine of each block as well, and the run ends with a
-heatmap of blocks over steps.
+The data is the 1797 real 8x8 scans bundled with scikit-learn, and no weights are downloaded. ``per_layer`` logs the
+lowest cosine of each block as well, and the run ends with a heatmap of blocks over steps.
 
-    python examples/vit_digits.py [--fast]
+    make example NAME=vit_digits
 """
 
 from __future__ import annotations
