@@ -215,17 +215,15 @@ def curves(training: Training, steps: int) -> dict[str, dict[int, float]]:
 
 
 def rows(training: Training, found: dict[str, dict[int, float]]) -> list[str]:
-    """The rows of a training, one for each measurement, or two for each of a GAN."""
+    """The row of a training, or one for each network of a GAN: values at the start, in the middle and at the end."""
     lines = []
-    for infix in ("", "0/", "1/"):
-        if f"gradient_confusion/{infix}eta" not in found:
-            continue
-        of = {"": "", "0/": ", discriminator", "1/": ", generator"}[infix]
-        for step in found[f"gradient_confusion/{infix}eta"]:
-            values = [found[f"gradient_confusion/{infix}{key}"][step] for key in KEYS]
-            first = f"{training.name}{of} | {training.units} | {training.unit_size}" if step == 0 else " | | "
-            cells = [f"{value:.2f}" for value in values[:4]] + [f"{value:.2g}" for value in values[4:]]
-            lines.append(f"| {first} | {step} | {' | '.join(cells)} |")
+    for infix, network in (("", ""), ("0/", ", discriminator"), ("1/", ", generator")):
+        if f"gradient_confusion/{infix}eta" in found:
+            of = [found[f"gradient_confusion/{infix}{key}"].values() for key in KEYS]
+            cells = [f"{training.name}{network}", str(training.units), str(training.unit_size)]
+            cells += [" / ".join(f"{value:.2f}" for value in values) for values in of[:4]]
+            cells += [" / ".join(f"{float(f'{value:.2g}'):g}" for value in values) for values in of[4:]]
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -237,8 +235,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*(many workers|LeafSpec|no `val_dataloader`|logging interval)")
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    print("| training | n | unit_size | step | lowest cosine | 5 % quantile | mean | negative | norm | eta |")
-    print("|" + "---|" * 10)
+    print("| training | n | unit_size | lowest cosine | 5 % quantile | mean | negative | norm | eta |")
+    print("|" + "---|" * 9)
     for name in args.names or TRAININGS:
         pl.seed_everything(0, verbose=False)
         training = TRAININGS[name]()

@@ -38,6 +38,24 @@ def test_python_blocks_run_in_order(name, least, tmp_path, monkeypatch, capsys):
         assert "min_cosine" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:.*(many workers|LeafSpec|logging interval)")
+@pytest.mark.parametrize("name", ["callback", "gram", "metric", "plots"])
+def test_examples_of_the_api_print_and_draw_what_their_page_shows(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "api" / f"{name}.md").read_text(encoding="utf-8")
+    namespace = {"__name__": "api"}
+    for block in blocks(page, "python"):
+        exec(compile(block, f"{name}.md", "exec"), namespace)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line]
+    shown = [line for text in blocks(page, "text") for line in text.splitlines() if line and "$" not in text]
+    # Numbers depend on the machine by their last digits, and with them which pair is the worst.
+    assert [re.sub(r"[-\d.]+", "0", line) for line in printed] == [re.sub(r"[-\d.]+", "0", line) for line in shown]
+    for picture in re.findall(r'savefig\("(.+)"\)', page):
+        assert (tmp_path / picture).stat().st_size > 1000
+        assert (ROOT / "docs" / "images" / picture).is_file()
+        assert f"../images/{picture}" in page
+
+
 def test_yaml_constructs_the_callback():
     (block,) = blocks(START, "yaml")
     (entry,) = yaml.safe_load(block)["trainer"]["callbacks"]
