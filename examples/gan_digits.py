@@ -89,7 +89,7 @@ def main() -> None:
         devices=1,
         logger=logger,
         log_every_n_steps=20,
-        callbacks=[GradientConfusionCallback()],
+        callbacks=[GradientConfusionCallback(every_n_train_steps=20)],
         enable_checkpointing=False,
         enable_model_summary=False,
     )

@@ -90,7 +90,8 @@ def main() -> None:
         devices=1,
         logger=logger,
         log_every_n_steps=2 if args.fast else 10,
-        callbacks=[GradientConfusionCallback(per_layer=4)],  # model.vit.layers.0 has four names
+        # model.vit.layers.0 has four names.
+        callbacks=[GradientConfusionCallback(every_n_train_steps=2 if args.fast else 10, per_layer=4)],
         enable_checkpointing=False,
         enable_model_summary=False,
     )
