@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradconf import GradientConfusionCallback
 
-COLOURS = ("#c44e52", "#4c80b6", "#55a868", "#dd8452", "#8172b3", "#8c8c8c", "#64b5cd", "#262626")
+COLOURS = ("#c44e52", "#4c80b6", "#55a868", "#dd8452", "#8172b3", "#8c8c8c", "#64b5cd", "#262626", "#937860")
 
 
 @dataclass
@@ -191,13 +191,12 @@ def panels(names: Sequence[str], *, width: float = 7.5, height: float = 2.4) -> 
 
 
 def draw(axes: Any, runs: dict[str, Run], name: str, *, smooth: int = 1) -> None:
-    """Draw a curve of each run; ``smooth`` is the number of neighbouring points that are averaged."""
+    """Draw a curve of each run, of means over ``smooth`` neighbouring points where there are as many."""
     for (label, run), colour in zip(runs.items(), COLOURS, strict=False):
         curve = run.curve(name)
         steps, values = list(curve), torch.tensor(list(curve.values()))
-        if smooth > 1:
-            values = values.unfold(0, smooth, 1).mean(1)
-            steps = steps[smooth - 1 :]
+        width = min(smooth, len(values))
+        values, steps = values.unfold(0, width, 1).mean(1), steps[width - 1 :]
         axes.plot(steps, values, color=colour, linewidth=1.3, label=label)
     axes.set_xlabel("step", fontsize=8)
     if "cosine" in name:

@@ -22,7 +22,13 @@ class Block(nn.Module):
 
 
 def network(
-    depth: int, width: int = 64, *, skip: bool = False, norm: bool = False, weights: str = "he"
+    depth: int,
+    width: int = 64,
+    *,
+    skip: bool = False,
+    norm: bool = False,
+    weights: str = "he",
+    scale: float = 1.0,
 ) -> nn.Sequential:
     activation = [] if weights == "he" else [nn.Tanh()]
     layers: list[nn.Module] = [nn.Linear(64, width), nn.ReLU() if weights == "he" else nn.Tanh()]
@@ -38,6 +44,9 @@ def network(
                 nn.init.xavier_normal_(layer.weight)
             else:
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    for block in net.modules():
+        if isinstance(block, Block):
+            block.linear.weight.data *= scale
     return net
 
 
@@ -46,6 +55,7 @@ VARIANTS = {
     "24 layers": {"depth": 24},
     "24, width 256": {"depth": 24, "width": 256},
     "24, skip connections": {"depth": 24, "skip": True},
+    "24, skip connections, weights of blocks / 24": {"depth": 24, "skip": True, "scale": 1 / 24},
     "24, BatchNorm": {"depth": 24, "norm": True},
     "24, skip connections and BatchNorm": {"depth": 24, "skip": True, "norm": True},
     "24, tanh": {"depth": 24, "weights": "glorot"},
