@@ -97,3 +97,29 @@ def test_runs(name, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_typical_values_are_a_table(tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "typical.py"),
+        "mlp",
+        "gan",
+        "graph",
+        "contrastive",
+        "--steps",
+        "4",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.strip("|").split("|") for line in done.stdout.splitlines() if line.startswith("|")]
+    assert [row[0].strip() for row in rows[2:]] == [
+        *("MLP, digits", "GAN, digits, discriminator", "GAN, digits, generator"),
+        *("graph network, digits", "contrastive, digits"),
+    ]
+    page = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
+    for row in rows:
+        assert len(row) == 9
+        assert row[0] in page
+        assert all(cell.count("/") == 2 for cell in row[3:]) or row in rows[:2]
