@@ -221,8 +221,9 @@ def rows(training: Training, found: dict[str, dict[int, float]]) -> list[str]:
         if f"gradient_confusion/{infix}eta" in found:
             of = [found[f"gradient_confusion/{infix}{key}"].values() for key in KEYS]
             cells = [f"{training.name}{network}", str(training.units), str(training.unit_size)]
-            cells += [" / ".join(f"{value:.2f}" for value in values) for values in of[:4]]
-            cells += [" / ".join(f"{float(f'{value:.2g}'):g}" for value in values) for values in of[4:]]
+            # Adding 0 makes 0 of -0.
+            cells += ["<br>".join(f"{round(value, 2) + 0.0:.2f}" for value in values) for values in of[:4]]
+            cells += ["<br>".join(f"{float(f'{value:.2g}'):g}" for value in values) for values in of[4:]]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -122,4 +122,4 @@ def test_typical_values_are_a_table(tmp_path):
     for row in rows:
         assert len(row) == 9
         assert row[0] in page
-        assert all(cell.count("/") == 2 for cell in row[3:]) or row in rows[:2]
+        assert all(cell.count("<br>") == 2 for cell in row[3:]) or row in rows[:2]

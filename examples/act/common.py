@@ -175,7 +175,7 @@ def cnn() -> nn.Sequential:
 
 def span(values: Sequence[float], digits: int = 2) -> str:
     """The values of all seeds: their mean, or the least and the greatest where these differ when rounded."""
-    low, high = (f"{end:.{digits}f}" for end in (min(values), max(values)))
+    low, high = (f"{round(end, digits) + 0.0:.{digits}f}" for end in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 
 
