@@ -26,7 +26,7 @@ DEPTH, WIDTH = 8, 64  # held fixed while the other changes
 
 
 def runs(protocol: Protocol, activation: str, init: str) -> list[list[Run]]:
-    """The runs against depth, then those against width, of all seeds."""
+    """Return the runs against depth, then those against width, of all seeds."""
     names = [
         [f"{activation}-{depth}-{WIDTH}" for depth in protocol.init_depths],
         [f"{activation}-{DEPTH}-{width}" for width in protocol.init_widths],
@@ -42,7 +42,7 @@ def runs(protocol: Protocol, activation: str, init: str) -> list[list[Run]]:
 
 
 def study(protocol: Protocol, finish: Finish, folder: Path) -> str:
-    """Two tables in Markdown; writes ``init.csv`` and ``init.png``."""
+    """Return two tables in Markdown; writes ``init.csv`` and ``init.png``."""
     planned = {line: runs(protocol, *line[:2]) for line in LINES}
     todo = [run for pair in planned.values() for part in pair for run in part]
     records = finish(todo, "init")
