@@ -179,6 +179,13 @@ def test_a_run_is_plain_sgd():
     assert len(record["cosines"]) == 6
     assert min(record["cosines"]) == pytest.approx(record["rows"][-1]["min_cosine"], abs=1e-4)
     assert record["parameters"] == 64 * 4 + 4 + 4 * 10 + 10
+    drawn = torch.randperm(1500, generator=torch.Generator().manual_seed(1))[:1200]
+    squared = []
+    for i in drawn:
+        loss = nn.functional.cross_entropy(net(images[i : i + 1]), labels[i : i + 1])
+        squared.append(sum(float(g.double().square().sum()) for g in torch.autograd.grad(loss, list(net.parameters()))))
+    ratios = [part.sum() ** 2 / (part**2).sum() for part in np.split(np.array(squared), 4)]
+    assert record["samples_in_effect"] == pytest.approx(np.mean(ratios), rel=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:.*a gradient is not finite")

@@ -1,4 +1,4 @@
-"""Harder sets made of the digits, so large that a run sees no image twice and has nothing to learn by heart."""
+"""Harder sets made of the digits, so large that a run cannot learn them by heart."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IMAGES = 100_000  # more than a run of the digits' protocol draws
+IMAGES = 100_000  # a run of the digits' protocol draws less than half as many
 NOISE = 0.1  # share of the training labels of `noisy` that are wrong
 DEGREES, PIXELS = 15.0, 1.0  # the largest rotation and shift of an image of 8x8 pixels
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradconf import GradientConfusionCallback
+from lightning_gradconf import GradientConfusionCallback, gradient_gram
 from lightning_gradconf.statistics import pairwise_cosines
 
 from . import data, models
@@ -81,6 +81,7 @@ def train(run: Run, folder: str | None = None) -> dict[str, Any]:
         "run": asdict(run),
         "rows": history.rows,
         "cosines": [round(cosine, 4) for cosine in pairwise_cosines(confusion.last_gram).tolist()],
+        "samples_in_effect": samples_in_effect(module, dataset, run) if run.epochs else math.nan,
         "accuracy": accuracy(net, dataset.test_images, dataset.test_labels) if run.epochs else math.nan,
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
         "cpu_seconds": round(time.process_time() - started, 2),
@@ -145,6 +146,21 @@ class Batches(TensorDataset):
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
         return tuple(tensor[indices] for tensor in self.tensors)
+
+
+def samples_in_effect(module: Classifier, dataset: data.Data, run: Run) -> float:
+    """Return of how many samples the gradient of a mini-batch consists, the others being small beside them.
+
+    It is the participation ratio of their squared norms, between 1 and the batch size: the mean over four mini-batches.
+    """
+    generator = torch.Generator().manual_seed(run.seed)
+    count = min(4 * run.batch_size, len(dataset.train_labels))
+    drawn = torch.randperm(len(dataset.train_labels), generator=generator)[:count]
+    device = next(module.parameters()).device
+    batch = (dataset.train_images[drawn].to(device), dataset.train_labels[drawn].to(device))
+    gram = sum(gradient_gram(module, lambda module, batch: module.training_step(batch, 0), batch).values())
+    squared = torch.as_tensor(gram).diagonal().double().split(run.batch_size)
+    return float(torch.stack([part.sum() ** 2 / (part**2).sum() for part in squared]).mean())
 
 
 @torch.no_grad()

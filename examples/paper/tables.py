@@ -35,7 +35,8 @@ def table(groups: dict[str, list[Record]], target: float) -> str:
             spread([100 * record["accuracy"] for record in good], 1),
         ]
         lines.append(cells)
-    head = ["network", "learning rate", "runs that train", *(f"min cosine {name}" for name in measures)]
+    head = ["network", "learning rate", "runs that train", *measures]
+    head[3] = f"min cosine {head[3]}"
     head += [
         *(["at the end, runs that fail"] if failures else []),
         *(f"epochs to loss {target:g}", "final training loss", "test accuracy, %"),

@@ -13,7 +13,7 @@ from .figures import QUALITATIVE, band, canvas, confusion, cosines, label, save,
 from .moments import Record, at_initialisation, moments, trained
 from .protocol import TARGETS, Protocol
 from .sweep import Finish, chosen, tuned, write_csv
-from .tables import markdown, table
+from .tables import markdown, spread, table
 from .trends import slopes
 
 DEPTH = 3
@@ -46,7 +46,7 @@ def study(protocol: Protocol, finish: Finish, folder: Path) -> str:
     goals = targets(protocol)
     colours = shades(len(protocol.mlp_widths))
     figure, axes = canvas(2, len(goals))
-    trends, tables = [], []
+    trends, samples, tables = [], [], []
     for column, (data, target) in enumerate(goals.items()):
         title = ABOUT.get(data, data)
         of_width = {width: chosen(everything, f"relu-{DEPTH}-{width}", data=data) for width in protocol.mlp_widths}
@@ -65,9 +65,14 @@ def study(protocol: Protocol, finish: Finish, folder: Path) -> str:
         cosines(axes[1, column])
         sizes_on(axes[1, column], protocol.mlp_widths, "units of a hidden layer")
         trends.append([title, *slopes(protocol.mlp_widths, list(groups.values()), measures)])
+        samples.append([title, *(spread([r["samples_in_effect"] for r in trained(g)], 1) for g in groups.values())])
         tables.append(f"{title}:\n\n{table(groups, target)}")
     axes[0, 0].legend(frameon=False, fontsize=7, ncols=2)
     label(figure, axes[1, 0], f"Perceptrons with {DEPTH} hidden layers of growing width")
     save(figure, folder / "width.png")
     head = ["change of min cosine where width doubles", "at initialisation", "early", "at equal loss", "at the end"]
-    return "\n\n".join([markdown(head, trends), *tables])
+    effect = [
+        f"samples behind the gradient of {protocol.batch_size}, at the end",
+        *(str(w) for w in protocol.mlp_widths),
+    ]
+    return "\n\n".join([markdown(head, trends), markdown(effect, samples), *tables])
