@@ -20,6 +20,12 @@ def records(protocol: Protocol, finish: Finish) -> list[Record]:
     return tuned(runs, protocol, "batchnorm_skip", finish)
 
 
+def reached(record: Record, target: float) -> float:
+    """Return the epochs to a loss, NaN for a run that never gets there."""
+    epochs = epochs_to(record, target)
+    return epochs if math.isfinite(epochs) else math.nan
+
+
 def study(protocol: Protocol, finish: Finish, folder: Path) -> str:
     """Return tables in Markdown; writes ``batchnorm_skip.csv`` and ``batchnorm_skip.png``."""
     everything = records(protocol, finish)
@@ -33,7 +39,7 @@ def study(protocol: Protocol, finish: Finish, folder: Path) -> str:
             values = [[measures[name](r) if r in trained(group) else math.nan for r in group] for group in groups]
             band(each, protocol.depths, list(zip(*values, strict=True)), colour, LABELS[kind], marker="o", markersize=3)
             each.set(ylabel="lowest cosine of all pairs", title=f"{name}, runs that train")
-        epochs = [[epochs_to(record, protocol.target) for record in group] for group in groups]
+        epochs = [[reached(record, protocol.target) for record in group] for group in groups]
         band(
             axes[0, 2], protocol.depths, list(zip(*epochs, strict=True)), colour, LABELS[kind], marker="o", markersize=3
         )
