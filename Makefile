@@ -22,7 +22,7 @@ demo: $(VENV)/.examples  ## train on the digits with the callback; print what Te
 example: $(VENV)/.examples  ## run an example, such as make example NAME=vit_digits ARGS=--fast
 	$(BIN)/python $(or $(wildcard examples/$(NAME).py),examples/$(NAME)) $(ARGS)
 
-paper: $(VENV)/.examples  ## the paper's findings on the digits, trained in some 15 minutes on two cores; goes on where it was stopped
+paper: $(VENV)/.examples  ## the paper's findings on the digits, trained in some 20 minutes on two cores; goes on where it was stopped
 	PYTHONPATH=examples $(BIN)/python -m paper $(ARGS)
 
 test: $(VENV)/.test  ## run the whole test suite (ARGS="-n 2 -k name" is passed on to pytest)

@@ -24,7 +24,8 @@ TRANSFORMERS = ["transformers>=4.48"]
 DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=1.0", "latex2mathml>=3.77", "ruff>=0.9"]
 TEST = ["pytest>=8", "pytest-xdist>=3.5", "pytest-cov>=5", "hypothesis>=6.100", "build>=1.2"]
 LINT = ["ruff>=0.9", "mypy>=1.14", "codespell>=2.4"]  # ruff 0.9: the 2025 formatting style
-PEERS = ["torchjd>=0.18", "opacus>=1.6"]  # not backpack, which asks for torchvision and with it another torch
+# not backpack, which asks for torchvision and with it another torch
+PEERS = ["torchjd>=0.18", "opacus>=1.6", "traintools>=0.6"]
 TESTED_WITH = ["lightning>=2.4,!=2.6.2,!=2.6.3", "rich>=13", "hydra-core>=1.3"]
 LOGGERS = ["mlflow-skinny>=2.20", "wandb>=0.19"]  # the lowest that know NumPy 2
 # Packages whose own modules are trained and measured by tests/test_ecosystem.py; the versions it was first run with.
