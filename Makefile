@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS)
 QUICK := lightning_gradconf tests/test_statistics.py tests/test_imports.py tests/test_metric.py tests/batches/test_units.py \
 	tests/test_plots.py tests/test_command.py tests/test_readme.py tests/gram/ghost
 
-.PHONY: help demo paper test quick bare coverage broken lint format docs bench dist clean ecosystem
+.PHONY: help demo example paper test quick bare coverage broken lint format docs bench dist clean ecosystem
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## */make \1\t/p' $(MAKEFILE_LIST)
@@ -19,7 +19,10 @@ help:  ## this list
 demo: $(VENV)/.examples  ## train on the digits with the callback; print what TensorBoard shows
 	$(BIN)/python examples/digits.py $(ARGS)
 
-paper: $(VENV)/.examples  ## the paper's findings on the digits, trained in some 15 minutes on two cores; goes on where it was stopped
+example: $(VENV)/.examples  ## run an example, such as make example NAME=vit_digits ARGS=--fast
+	$(BIN)/python $(or $(wildcard examples/$(NAME).py),examples/$(NAME)) $(ARGS)
+
+paper: $(VENV)/.examples  ## the paper's findings on the digits, trained in some 20 minutes on two cores; goes on where it was stopped
 	PYTHONPATH=examples $(BIN)/python -m paper $(ARGS)
 
 test: $(VENV)/.test  ## run the whole test suite (ARGS="-n 2 -k name" is passed on to pytest)

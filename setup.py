@@ -10,8 +10,8 @@ INIT = (ROOT / "lightning_gradconf" / "__init__.py").read_text(encoding="utf-8")
 REPOSITORY = "https://github.com/lightning-gradconf/lightning-gradconf"
 # PyPI shows README.md without the repository around it.
 README = re.sub(
-    r"\]\((?!https?:|#)([^)]+)\)",
-    lambda link: f"]({REPOSITORY}/{'raw' if link[1].endswith('.png') else 'blob'}/main/{link[1]})",
+    r"(\]\(|src=\")(?!https?:|#)([^)\"]+)",
+    lambda link: f"{link[1]}{REPOSITORY}/{'raw' if link[2].endswith('.png') else 'blob'}/main/{link[2]}",
     (ROOT / "README.md").read_text(encoding="utf-8"),
 )
 VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE).group(1)
@@ -19,12 +19,14 @@ VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE).group(1)
 PLOTS = ["matplotlib>=3.9", "scipy>=1.13"]  # the first built for NumPy 2, which torch 2.6 may bring
 SKLEARN = ["scikit-learn>=1.4.2"]  # 1.4.2: the first built for NumPy 2
 CLI = ["jsonargparse[signatures]>=4.27.7"]  # what pytorch-lightning 2.4 asks for its LightningCLI
+TRANSFORMERS = ["transformers>=4.48"]
 # mkdocs 1.6 validates anchors; latex2mathml: formulas that need no script to show; ruff breaks long signatures.
 DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=1.0", "latex2mathml>=3.77", "ruff>=0.9"]
 TEST = ["pytest>=8", "pytest-xdist>=3.5", "pytest-cov>=5", "hypothesis>=6.100", "build>=1.2"]
 LINT = ["ruff>=0.9", "mypy>=1.14", "codespell>=2.4"]  # ruff 0.9: the 2025 formatting style
-PEERS = ["torchjd>=0.18", "opacus>=1.6"]  # not backpack, which asks for torchvision and with it another torch
-TESTED_WITH = ["lightning>=2.4,!=2.6.2,!=2.6.3", "rich>=13", "transformers>=4.48", "hydra-core>=1.3"]
+# not backpack, which asks for torchvision and with it another torch
+PEERS = ["torchjd>=0.18", "opacus>=1.6", "traintools>=0.6"]
+TESTED_WITH = ["lightning>=2.4,!=2.6.2,!=2.6.3", "rich>=13", "hydra-core>=1.3"]
 LOGGERS = ["mlflow-skinny>=2.20", "wandb>=0.19"]  # the lowest that know NumPy 2
 # Packages whose own modules are trained and measured by tests/test_ecosystem.py; the versions it was first run with.
 ECOSYSTEM = ["torch_geometric>=2.8", "pytorch-forecasting>=1.8", 'chemprop>=2.3; python_version >= "3.11"']
@@ -70,11 +72,11 @@ setup(
     ],
     extras_require={
         "plots": PLOTS,
-        "examples": PLOTS + SKLEARN,
+        "examples": PLOTS + SKLEARN + CLI + TRANSFORMERS,  # whatever a file of examples/ imports
         "cli": CLI,
         "bench": PEERS,
         "docs": DOCS,
         "ecosystem": ECOSYSTEM,
-        "test": TEST + LINT + TESTED_WITH + LOGGERS + BROWSER + PLOTS + SKLEARN + CLI,
+        "test": TEST + LINT + TESTED_WITH + LOGGERS + BROWSER + PLOTS + SKLEARN + CLI + TRANSFORMERS,
     },
 )

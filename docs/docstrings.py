@@ -22,7 +22,7 @@ def markdown(text: str) -> str:
     text = re.sub(r"`([^`<]+?)\s+<(https?://[^>]+)>`_", r"[\1](\2)", text)
     # Outside of code, <g_i, g_j> would be taken for a tag.
     text = re.sub(
-        r"(`[^`]+`|^ *(?:>>>|\.\.\.) .*$)|<(?!http)", lambda match: match[1] or "&lt;", text, flags=re.MULTILINE
+        r"(``.+?``|`[^`]+`|^ *(?:>>>|\.\.\.) .*$)|<(?!http)", lambda match: match[1] or "&lt;", text, flags=re.MULTILINE
     )
     # In a span, as Markdown takes a line that begins with <math> for a paragraph.
     text = re.sub(r":math:`([^`]+)`", lambda match: f"<span>{convert(match[1])}</span>", text)

@@ -1,10 +1,10 @@
 """The callback in LightningCLI: everything about it is in ``cli.yaml``, nothing here knows of it.
 
-Needs ``pip install '.[cli]'``. A narrow network and a wide one, and their curves beside each other:
+A narrow network and a wide one, and their curves beside each other:
 
-python examples/cli.py fit --config examples/cli.yaml --model.width 8
-python examples/cli.py fit --config examples/cli.yaml --model.width 64
-python -m lightning_gradconf runs/cli
+    make example NAME=cli ARGS="fit --config examples/cli.yaml --model.width 8"
+    make example NAME=cli ARGS="fit --config examples/cli.yaml --model.width 64"
+    .venv/bin/python -m lightning_gradconf runs/cli
 """
 
 from __future__ import annotations

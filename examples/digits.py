@@ -3,7 +3,7 @@
 The data is the 1797 real 8x8 scans bundled with scikit-learn, so nothing is downloaded.
 Ends with a table read back from TensorBoard's event file.
 
-    python examples/digits.py [--fast]
+    make demo
 """
 
 from __future__ import annotations
@@ -113,12 +113,16 @@ def main() -> None:
     pl.seed_everything(args.seed)
     train, val = digits(args.seed)
     logger = TensorBoardLogger(args.save_dir, name="digits", default_hp_metric=False)
+    # A plain GradientConfusionCallback() logs the curves; the other arguments add pictures to TensorBoard's tab Images.
+    confusion = GradientConfusionCallback(
+        every_n_train_steps=args.every, figures=True, labels=1, top_pairs=6, per_layer=2
+    )
     trainer = pl.Trainer(
         max_epochs=args.epochs,
         devices=1,
         logger=logger,
         log_every_n_steps=args.every,
-        callbacks=[GradientConfusionCallback(every_n_train_steps=args.every, figures=True, top_pairs=6)],
+        callbacks=[confusion],
         enable_checkpointing=False,
         enable_model_summary=False,
     )

@@ -3,7 +3,7 @@
 The losses are what ``training_step`` passes to ``manual_backward``; each has curves of its own, with the index of its
 optimizer in their names. The data comes with scikit-learn.
 
-    python examples/gan_digits.py [--fast]
+    make example NAME=gan_digits
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def main() -> None:
         devices=1,
         logger=logger,
         log_every_n_steps=20,
-        callbacks=[GradientConfusionCallback()],
+        callbacks=[GradientConfusionCallback(every_n_train_steps=20)],
         enable_checkpointing=False,
         enable_model_summary=False,
     )
@@ -98,6 +98,7 @@ def main() -> None:
     (curves,) = read_runs([logger.log_dir]).values()
     networks = {
         name: {key.replace(f"/{i}/", "/"): curve for key, curve in curves.items() if f"/{i}/" in key}
+        | {"loss": curves[f"{name}_loss"]}
         for i, name in enumerate(("discriminator", "generator"))
     }
     picture = args.picture or Path(logger.log_dir) / "confusion.png"

@@ -3,7 +3,7 @@
 Trains on the digits of scikit-learn with one label in ten wrong. At the end of every fifth epoch the pairs of samples
 whose gradients disagree most are listed, and it is counted how many have a wrong label in them.
 
-    python examples/label_noise.py [--fast] [--seed 0]
+    make example NAME=label_noise
 """
 
 from __future__ import annotations

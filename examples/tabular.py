@@ -3,7 +3,7 @@
 The data comes with scikit-learn. A squared error pulls every patient up or down, so gradients agree or oppose each
 other; the run ends with the density of their cosines.
 
-    python examples/tabular.py [--fast]
+    make example NAME=tabular
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
     train, val = patients()
     logger = CSVLogger(args.save_dir, name="tabular")
     # The same 128 patients at every measurement.
-    confusion = GradientConfusionCallback(num_units=128, source="fixed")
+    confusion = GradientConfusionCallback(every_n_train_steps=5, num_units=128, source="fixed")
     trainer = pl.Trainer(
         max_epochs=1 if args.fast else args.epochs,
         devices=1,

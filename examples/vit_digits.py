@@ -1,10 +1,9 @@
 """Layer by layer: a Hugging Face Vision Transformer, made from a config, learns handwritten digits.
 
-The data is the 1797 real 8x8 scans bundled with scikit-learn, and no weights are downloaded; needs
-``pip install transformers``. ``per_layer`` logs the lowest cosine of each block as well, and the run ends with a
-heatmap of blocks over steps.
+The data is the 1797 real 8x8 scans bundled with scikit-learn, and no weights are downloaded. ``per_layer`` logs the
+lowest cosine of each block as well, and the run ends with a heatmap of blocks over steps.
 
-    python examples/vit_digits.py [--fast]
+    make example NAME=vit_digits
 """
 
 from __future__ import annotations
@@ -91,7 +90,8 @@ def main() -> None:
         devices=1,
         logger=logger,
         log_every_n_steps=2 if args.fast else 10,
-        callbacks=[GradientConfusionCallback(per_layer=4)],  # model.vit.layers.0 has four names
+        # model.vit.layers.0 has four names.
+        callbacks=[GradientConfusionCallback(every_n_train_steps=2 if args.fast else 10, per_layer=4)],
         enable_checkpointing=False,
         enable_model_summary=False,
     )

@@ -6,7 +6,7 @@ Two ways to look at it:
 * at the end of every epoch, the gradients of whole mini-batches at the same weights, with the
   ``GradientConfusion`` metric, which takes gradients wherever they come from.
 
-    python examples/without_lightning.py [--fast]
+    make example NAME=without_lightning
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ class GradientConfusionCallback(Callback):
 
     At set steps the callback takes ``num_units`` units of ``unit_size`` samples, computes the gradient of the module's
     own ``training_step`` on each, and logs statistics of their inner products
-    :math:`K_{ij} = \langle g_i, g_j \rangle` and cosines :math:`C_{ij}`. Weights are those before the step whose loss
-    is logged at the same place; the first batch is always measured.
+    :math:`K_{ij} = \langle g_i, g_j \rangle` and cosines :math:`C_{ij}`. All gradients are taken at the weights before
+    the optimizer step. Values are logged at the step of the batch's own loss. The first batch is always measured.
 
     Logged Metrics (``statistics="default"``), under ``{prefix}/``:
 
@@ -37,8 +37,8 @@ class GradientConfusionCallback(Callback):
     * **gradient_norm**: mean norm of the units' gradients.
 
     They go to every logger and to ``trainer.callback_metrics``, so that EarlyStopping and ModelCheckpoint can monitor
-    them. The minimum over pairs falls with their number: compare curves of equal ``num_units`` and ``unit_size``.
-    Within a run the number is constant.
+    them. The minimum is lower the more pairs there are: compare curves of equal ``num_units`` and ``unit_size``. Within
+    a run the number of units never changes.
 
     The paper's protocol, as we understand it, is
     ``GradientConfusionCallback(every_n_epochs=1, source="fresh", num_units=15, unit_size=128)``: 15 units have 105
@@ -48,9 +48,9 @@ class GradientConfusionCallback(Callback):
     A checkpoint holds n, the interval and what else a resumed run needs to be measured at the steps of the
     uninterrupted one.
 
-    With manual optimization, what ``training_step`` passes to ``manual_backward`` is the loss. Several losses are
+    With manual optimization, the loss is what ``training_step`` passes to ``manual_backward``. Several losses are
     measured at the same weights, each for the parameters of its optimizer, and logged under
-    ``{prefix}/{optimizer index}/``; they are numbered in their order where an optimizer has several.
+    ``{prefix}/{optimizer index}/``. If an optimizer has several losses, they are numbered in their order.
 
     Under DDP each rank has ``num_units`` units, and all pairs count. Under FSDP2 (``ModelParallelStrategy``) a unit is
     ``unit_size`` samples of each rank.
@@ -95,7 +95,7 @@ class GradientConfusionCallback(Callback):
         prog_bar: Show ``min_cosine`` in the progress bar.
         seed: Seed of fresh and fixed draws.
         verify: Compare parameters, buffers, gradients, optimizer state and random states before and after the first
-            measurement of a run, and switch off with a warning if it changed any: to be run when in doubt.
+            measurement of a run, and switch off with a warning if it changed any. Use it when in doubt.
 
     Attributes:
         last_gram: The Gram ``(n, n)`` of the last measurement, on the CPU; None before the first. Of several losses in

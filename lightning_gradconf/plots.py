@@ -255,7 +255,8 @@ def plot_runs(
     named = "5 % to 95 % of the cosines" if quantiles else "p05_cosine to mean_cosine"
     known = {name: settings[name] for name in runs if settings and name in settings}
     names = {name: f"{name} ({known[name]})" if name in known else name for name in runs}
-    title = why_not_comparable(known.values()) or (str(*known.values()) if len(runs) == 1 else "")
+    # A single run needs no legend: the title names it.
+    title = why_not_comparable(known.values()) or (next(iter(names.values())) if len(runs) == 1 else "")
     cosines.set(ylabel="cosine", title=f"line: min_cosine, band: {named}" + f"\n{title}".replace(": ", ":\n").rstrip())
     for colour, (name, curves) in zip(itertools.cycle(_COLOURS), runs.items(), strict=False):
         _draw_cosines(cosines, curves, [f"{prefix}/{key}" for key in ("min_cosine", *band)], colour, names[name])
@@ -265,15 +266,19 @@ def plot_runs(
                 marker = "." if len(curve) < 2 else ""
                 axes.plot(list(curve), list(curve.values()), line, marker=marker, color=colour, linewidth=1.2)
     for axes, (title, group) in zip(others, panels.items(), strict=True):
-        axes.set_ylabel(group[0].removeprefix(f"{prefix}/") if len(group) == 1 else title)
+        label = group[0].removeprefix(f"{prefix}/") if len(group) == 1 else title
+        axes.set_ylabel("eta\n(squared norm)" if label == "eta" else label)
         if len(group) > 1:
             for key, line in zip(group, _LINES, strict=False):
-                axes.plot([], [], line, color=_INK, linewidth=1.2, label=key)
+                # A key that one run alone has is marked as it is drawn, and one that several have in no run's colour.
+                own = [colour for colour, curves in zip(itertools.cycle(_COLOURS), runs.values()) if key in curves]
+                axes.plot([], [], line, color=own[0] if len(own) == 1 else _INK, linewidth=1.2, label=key)
             axes.legend(frameon=False, fontsize=7, labelcolor=_INK)
     if len(runs) > 1:
         style = {"loc": "outside upper center", "ncols": 2 if known else 3, "frameon": False, "fontsize": 8}
         figure.legend(*cosines.get_legend_handles_labels(), **style)
     figure.axes[-1].set_xlabel("step")
+    figure.axes[-1].locator_params(axis="x", integer=True)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         _quiet(axes)
@@ -309,7 +314,7 @@ def _figure(*, width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('Figures need matplotlib: pip install "lightning_gradconf[plots]"') from error
+        raise ImportError("Figures need matplotlib: pip install matplotlib scipy") from error
     return Figure(figsize=(width, height), dpi=120, layout="constrained")  # pyplot would keep it alive for ever
 
 

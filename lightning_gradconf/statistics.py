@@ -1,6 +1,7 @@
-"""Compute statistics of a Gram matrix of gradients, ``gram[i, j] = <g_i, g_j>`` of shape ``(n, n)``.
+r"""Compute statistics of a Gram matrix of gradients, ``gram[i, j] = <g_i, g_j>`` of shape ``(n, n)``.
 
-Below, K is the Gram, d its diagonal, C the matrix of cosines, o the mean of K_ij over the pairs i < j. Every function
+Below, :math:`K` is the Gram, :math:`d` its diagonal and :math:`\bar{d}` the mean of that, :math:`C` the matrix of
+cosines, and :math:`o` the mean of :math:`K_{ij}` over the pairs :math:`i < j`. Every function
 takes the Gram first and returns a 0-dim tensor on its device, float64 for a float64 Gram and float32 otherwise, without
 waiting for the device. An entry that is not finite makes every statistic NaN. A zero gradient has no direction: its
 pairs are left out of the cosines. If fewer than two other gradients remain, cosines are NaN. Labels ``(n,)`` are the
@@ -16,7 +17,7 @@ from torch import Tensor
 
 
 def eta(gram: Tensor) -> Tensor:
-    """Return max(0, -min_{i<j} K_ij), the smallest bound of gradient confusion, a squared gradient norm.
+    r"""Return :math:`\max(0, -\min_{i<j} K_{ij})`, the smallest bound of gradient confusion, a squared gradient norm.
 
     It is 0 when no two gradients disagree. Sankararaman et al. 2020, Definition 2.1, https://arxiv.org/abs/1904.06963.
 
@@ -27,7 +28,7 @@ def eta(gram: Tensor) -> Tensor:
 
 
 def min_cosine(gram: Tensor) -> Tensor:
-    """Return min_{i<j} C_ij, in [-1, 1], the cosine of the two gradients that disagree most.
+    r"""Return :math:`\min_{i<j} C_{ij}`, in [-1, 1], the cosine of the two gradients that disagree most.
 
     It falls as n grows: compare equal n only. Sankararaman et al. 2020, Section 7, https://arxiv.org/abs/1904.06963.
 
@@ -39,7 +40,7 @@ def min_cosine(gram: Tensor) -> Tensor:
 
 
 def p05_cosine(gram: Tensor) -> Tensor:
-    """Return the 5 % quantile of C_ij over i < j, in [-1, 1]; unlike the minimum it hardly depends on n.
+    r"""Return the 5 % quantile of :math:`C_{ij}` over :math:`i < j`, in [-1, 1]; it hardly depends on n.
 
     >>> p05_cosine(torch.tensor([[1.0, -2.0], [-2.0, 16.0]]))
     tensor(-0.5000)
@@ -48,7 +49,9 @@ def p05_cosine(gram: Tensor) -> Tensor:
 
 
 def mean_cosine(gram: Tensor) -> Tensor:
-    """Return the mean of C_ij over i < j, in [-1/(n-1), 1]: 0 for unrelated gradients, 1 for parallel ones.
+    r"""Return the mean of :math:`C_{ij}` over :math:`i < j`: 0 for unrelated gradients, 1 for parallel ones.
+
+    It lies in :math:`[-1/(n-1), 1]`.
 
     The cosine form of stiffness: Fort et al. 2019, https://arxiv.org/abs/1901.09491.
 
@@ -59,7 +62,7 @@ def mean_cosine(gram: Tensor) -> Tensor:
 
 
 def negative_fraction(gram: Tensor) -> Tensor:
-    """Return the share of the pairs i < j with C_ij < 0, in [0, 1]; about one half for unrelated gradients.
+    r"""Return the share of the pairs :math:`i < j` with :math:`C_{ij} < 0`; about one half for unrelated gradients.
 
     >>> negative_fraction(torch.tensor([[1.0, -2.0], [-2.0, 16.0]]))
     tensor(1.)
@@ -69,7 +72,7 @@ def negative_fraction(gram: Tensor) -> Tensor:
 
 
 def gradient_norm(gram: Tensor) -> Tensor:
-    """Return the mean of sqrt(d_i), >= 0: the average norm of a unit's gradient, zero gradients included.
+    r"""Return the mean of :math:`\sqrt{d_i}`: the average norm of a unit's gradient, zero gradients included.
 
     >>> gradient_norm(torch.tensor([[1.0, -2.0], [-2.0, 25.0]]))
     tensor(3.)
@@ -78,7 +81,7 @@ def gradient_norm(gram: Tensor) -> Tensor:
 
 
 def min_inner_product(gram: Tensor) -> Tensor:
-    """Return min_{i<j} K_ij, a squared gradient norm; where it is negative it is -``eta``.
+    r"""Return :math:`\min_{i<j} K_{ij}`, a squared gradient norm; where it is negative it is -``eta``.
 
     >>> min_inner_product(torch.tensor([[1.0, 2.0], [2.0, 5.0]]))
     tensor(2.)
@@ -87,7 +90,7 @@ def min_inner_product(gram: Tensor) -> Tensor:
 
 
 def median_cosine(gram: Tensor) -> Tensor:
-    """Return the median of C_ij over i < j, in [-1, 1]: of an even number of pairs, the mean of the middle two.
+    r"""Return the median of :math:`C_{ij}` over :math:`i < j`; of an even number of pairs, the mean of the middle two.
 
     >>> median_cosine(torch.tensor([[1.0, -2.0], [-2.0, 16.0]]))
     tensor(-0.5000)
@@ -96,7 +99,7 @@ def median_cosine(gram: Tensor) -> Tensor:
 
 
 def std_cosine(gram: Tensor) -> Tensor:
-    """Return sqrt(mean (C_ij - mean C)^2) over i < j, in [0, 1]: how far cosines spread; 0 for a single pair.
+    r"""Return the standard deviation of :math:`C_{ij}` over :math:`i < j`, in [0, 1]; 0 for a single pair.
 
     It falls with width and grows with depth: Sankararaman et al. 2020, Section 4, https://arxiv.org/abs/1904.06963.
 
@@ -108,7 +111,7 @@ def std_cosine(gram: Tensor) -> Tensor:
 
 
 def gradient_diversity(gram: Tensor) -> Tensor:
-    """Return (sum_i d_i) / (sum_ij K_ij), >= 1/n: 1/n for equal gradients, 1 for orthogonal, inf if they cancel.
+    r"""Return :math:`\sum_i d_i / \sum_{ij} K_{ij}`: 1/n for equal gradients, 1 for orthogonal, inf if they cancel.
 
     It bounds the batch size that still speeds up training: Yin et al. 2018, https://arxiv.org/abs/1706.05699.
 
@@ -120,7 +123,7 @@ def gradient_diversity(gram: Tensor) -> Tensor:
 
 
 def coherence(gram: Tensor) -> Tensor:
-    """Return (sum_ij K_ij) / (sum_i d_i), in [0, n]: n for equal gradients, 1 for orthogonal, 0 if they cancel.
+    r"""Return :math:`\sum_{ij} K_{ij} / \sum_i d_i`: n for equal gradients, 1 for orthogonal, 0 if they cancel.
 
     m-coherence, the number of units that a step for one of them helps: Chatterjee & Zielinski 2020,
     https://arxiv.org/abs/2008.01217. The reciprocal of ``gradient_diversity``.
@@ -132,11 +135,12 @@ def coherence(gram: Tensor) -> Tensor:
 
 
 def noise_scale(gram: Tensor, unit_size: int = 1) -> Tensor:
-    """Return unit_size * (mean(d) - o) / o, in samples: the batch size at which noise is as large as the gradient.
+    r"""Return :math:`u (\bar{d} - o) / o`, in samples: the batch size at which noise is as large as the gradient.
 
-    An estimate of B_simple, in which (mean(d) - o) and o are unbiased for the variance and the squared norm of the mean
-    gradient: McCandlish et al. 2018, Section 2.2 and Appendix A.1, https://arxiv.org/abs/1812.06162. It is negative or
-    infinite where o <= 0, when n units are too few to see the mean gradient. ``unit_size`` is the samples in a unit.
+    :math:`u` is ``unit_size``, the samples in a unit. It estimates B_simple: :math:`\bar{d} - o` and :math:`o` are
+    unbiased for the variance and the squared norm of the mean gradient. McCandlish et al. 2018, Section 2.2 and
+    Appendix A.1, https://arxiv.org/abs/1812.06162. The estimate becomes negative or infinite when there are too few
+    units to separate the mean gradient from noise.
 
     >>> noise_scale(torch.tensor([[4.0, 1.0], [1.0, 4.0]]), unit_size=8)
     tensor(24.)
@@ -149,7 +153,7 @@ def noise_scale(gram: Tensor, unit_size: int = 1) -> Tensor:
 
 
 def normalized_variance(gram: Tensor) -> Tensor:
-    """Return (mean(d) - o) / mean(d), in [0, n/(n-1)]: 0 for equal gradients, 1 if noise hides the mean gradient.
+    r"""Return :math:`(\bar{d} - o) / \bar{d}`: 0 for equal gradients, 1 if noise hides the mean gradient.
 
     Variance over second moment: Faghri et al. 2020, https://arxiv.org/abs/2007.04532.
 
@@ -161,7 +165,7 @@ def normalized_variance(gram: Tensor) -> Tensor:
 
 
 def gradient_disparity(gram: Tensor) -> Tensor:
-    """Return the mean over i < j of ||g_i - g_j||, >= 0: a distance between gradients that grows with overfitting.
+    r"""Return the mean over :math:`i < j` of :math:`|g_i - g_j|`, a distance that grows with overfitting.
 
     Forouzesh & Thiran 2021, https://arxiv.org/abs/2107.06665.
 
@@ -174,7 +178,7 @@ def gradient_disparity(gram: Tensor) -> Tensor:
 
 
 def participation_ratio(gram: Tensor) -> Tensor:
-    """Return (tr K)^2 / ||K||_F^2, in [1, n]: 1 for gradients on one line, n for orthogonal ones of equal length.
+    r"""Return :math:`(\sum_i d_i)^2 / \sum_{ij} K_{ij}^2`: 1 on one line, n for orthogonal gradients of one length.
 
     >>> participation_ratio(torch.eye(3))
     tensor(3.)
@@ -184,7 +188,7 @@ def participation_ratio(gram: Tensor) -> Tensor:
 
 
 def within_class_cosine(gram: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean over classes of the mean C_ij within the class, in [-1, 1].
+    r"""Return the mean over classes of the mean :math:`C_{ij}` within the class, in [-1, 1].
 
     Every class with a pair counts the same, however large it is; NaN if there is none. It is the mean of the diagonal
     of the class stiffness matrix: Fort et al. 2019, https://arxiv.org/abs/1901.09491.
@@ -198,7 +202,7 @@ def within_class_cosine(gram: Tensor, labels: Tensor) -> Tensor:
 
 
 def between_class_cosine(gram: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean over pairs of classes of the mean C_ij between the two, in [-1, 1].
+    r"""Return the mean over pairs of classes of the mean :math:`C_{ij}` between the two, in [-1, 1].
 
     Every two classes count the same, however large they are; NaN for a single class. It is the mean of the class
     stiffness matrix off its diagonal: Fort et al. 2019, https://arxiv.org/abs/1901.09491.
@@ -212,7 +216,7 @@ def between_class_cosine(gram: Tensor, labels: Tensor) -> Tensor:
 
 
 def cosine_matrix(gram: Tensor) -> Tensor:
-    """Return C_ij = K_ij / (sqrt(d_i) sqrt(d_j)), ``(n, n)`` in [-1, 1]; NaN where a gradient is zero.
+    r"""Return :math:`C_{ij} = K_{ij} / \sqrt{d_i d_j}`, ``(n, n)`` in [-1, 1]; NaN where a gradient is zero.
 
     >>> cosine_matrix(torch.tensor([[4.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
     tensor([[1.0000, 0.5000,    nan],

@@ -100,7 +100,7 @@ def page(tensorboard: str, tmp_path_factory) -> Iterator[Callable[[str], Callabl
 
 
 PAGES = {
-    "custom_scalars": ["with loss and accuracy", "cosines, 5 % to 95 %"],
+    "custom_scalars": ["min_cosine, loss, accuracy: see Matches", "cosines, 5 % to 95 %"],
     "scalars": ["train_loss", "min_cosine", "negative_fraction", "within_class_cosine"],
     "images": ["heatmap", "density", "classes", "layers", "top_pairs"],
     "histograms": ["cosines"],

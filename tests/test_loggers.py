@@ -326,8 +326,16 @@ def test_page_has_confusion_loss_and_accuracy_and_a_band_of_cosines(tmp_path):
     assert list(page) == [PREFIX, "of/weight"]
     events = EventAccumulator(logger.log_dir).Reload()
     shown = lambda patterns: {tag for tag in events.Tags()["scalars"] for p in patterns if re.match(p, tag)}  # noqa: E731
-    assert shown(page[PREFIX]["with loss and accuracy"]) == {f"{PREFIX}/min_cosine", "train_loss", "val_acc"}
-    assert shown(page["of/weight"]["with loss and accuracy"]) == {"of/weight/min_cosine", "train_loss", "val_acc"}
+    assert shown(page[PREFIX]["min_cosine, loss, accuracy: see Matches"]) == {
+        f"{PREFIX}/min_cosine",
+        "train_loss",
+        "val_acc",
+    }
+    assert shown(page["of/weight"]["min_cosine, loss, accuracy: see Matches"]) == {
+        "of/weight/min_cosine",
+        "train_loss",
+        "val_acc",
+    }
     cosines = torch.tensor([cosine for cosine, _ in by_cosine()])
     want = (
         cosines.mean(),
@@ -394,7 +402,7 @@ def test_without_histogram_there_is_no_page(tmp_path):
 
 
 def test_the_patterns_of_a_chart_work_as_the_one_that_tensorboard_makes_of_them():
-    patterns = charts(PREFIX)[PREFIX]["with loss and accuracy"][1]
+    patterns = charts(PREFIX)[PREFIX]["min_cosine, loss, accuracy: see Matches"][1]
     joined = re.compile("|".join(f"({pattern})" for pattern in patterns))
     found = ["min_cosine", "0/min_cosine"]
     others = ["eta", "cosines/mean", "min_cosine/net.0"]

@@ -8,19 +8,19 @@ import math
 import sys
 from concurrent.futures import Executor, Future
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_paper_data import write_cifar
+from test_paper_data import write_cifar, write_mnist
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from paper import __main__ as command
-from paper import data, figures, models, protocol, speed, sweep, tables, theory
+from paper import data, figures, models, moments, protocol, speed, sweep, tables, theory, trends, width
 from paper.run import Run, train
 
 CIFAR, DIGIT = (3, 32, 32), (1, 8, 8)
@@ -179,6 +179,13 @@ def test_a_run_is_plain_sgd():
     assert len(record["cosines"]) == 6
     assert min(record["cosines"]) == pytest.approx(record["rows"][-1]["min_cosine"], abs=1e-4)
     assert record["parameters"] == 64 * 4 + 4 + 4 * 10 + 10
+    drawn = torch.randperm(1500, generator=torch.Generator().manual_seed(1))[:1200]
+    squared = []
+    for i in drawn:
+        loss = nn.functional.cross_entropy(net(images[i : i + 1]), labels[i : i + 1])
+        squared.append(sum(float(g.double().square().sum()) for g in torch.autograd.grad(loss, list(net.parameters()))))
+    ratios = [part.sum() ** 2 / (part**2).sum() for part in np.split(np.array(squared), 4)]
+    assert record["samples_in_effect"] == pytest.approx(np.mean(ratios), rel=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:.*a gradient is not finite")
@@ -186,12 +193,14 @@ def test_a_run_that_diverges_is_a_record_too(tmp_path):
     record = train(replace(TINY, lr=1e30, epochs=9))
     assert len(record["rows"]) < 10
     assert not math.isfinite(record["rows"][-1]["loss"])
-    assert sweep.final_loss(record) == sweep.epochs_to(record, 0.5) == math.inf
-    assert math.isfinite(sweep.confusion_until(record, 0.5))
+    assert moments.final_loss(record) == moments.epochs_to(record, 0.5) == math.inf
+    assert moments.failed(record)
+    assert math.isfinite(moments.at_initialisation(record))
+    assert math.isnan(moments.at_end(record)) and math.isnan(moments.at_loss(record, 0.5))
     sweep.write_csv([record], tmp_path / "runs.csv")
     lines = list(csv.DictReader((tmp_path / "runs.csv").read_text().splitlines()))
     assert [line["epoch"] for line in lines] == [str(epoch) for epoch in range(len(record["rows"]))]
-    assert "diverged" in tables.table({"x": [record]}, 0.5)
+    assert "| 0 of 1 |" in tables.table({"x": [record]}, 0.5) and "diverged" in tables.table({"x": [record]}, 0.5)
 
 
 # ---- many runs ------------------------------------------------------------------------------------------------------
@@ -232,22 +241,42 @@ def test_a_run_that_fails_is_named(tmp_path, capsys):
 
 
 def record_of(
-    losses: list[float], cosines: list[float], seed: int = 0, model: str = "cnn-10-1", lr: float = 1.0
+    losses: list[float],
+    cosines: list[float],
+    seed: int = 0,
+    model: str = "cnn-10-1",
+    lr: float = 1.0,
+    data: str = "digits",
+    epochs: int = 3,
 ) -> dict:
     rows = [{"epoch": i, "loss": x, "min_cosine": c} for i, (x, c) in enumerate(zip(losses, cosines, strict=True))]
-    run = {"model": model, "init": "msra", "seed": seed, "lr": lr, "epochs": 3, "data": "digits"}
-    return {"run": run, "rows": rows, "cosines": [0.0, 0.1, 0.2], "accuracy": 0.5, "parameters": 1, "cpu_seconds": 1.0}
+    run = {"model": model, "init": "msra", "seed": seed, "lr": lr, "epochs": epochs, "data": data}
+    costs = {"parameters": 1, "cpu_seconds": 1.0, "processor": "x"}
+    return {"run": run, "rows": rows, "cosines": [0.0, 0.1, 0.2], "accuracy": 0.5, **costs}
 
 
-def test_epochs_to_a_loss_and_confusion_until_then():
+def test_moments_of_a_training():
     record = record_of([math.nan, 2.0, 1.0, 0.5], [0.4, 0.2, -0.3, -0.9])
-    assert sweep.epochs_to(record, 2.5) == 1
-    assert sweep.epochs_to(record, 1.25) == 1.75
-    assert sweep.epochs_to(record, 0.4) == math.inf
-    assert sweep.confusion_until(record, 1.25) == pytest.approx((0.4 + 0.2 - 0.3) / 3)
-    assert sweep.confusion_until(record, 0.4) == pytest.approx((0.4 + 0.2 - 0.3 - 0.9) / 4)
-    diverged = record_of([math.nan, math.nan], [0.4, math.nan])
-    assert sweep.confusion_until(diverged, 1) == 0.4
+    assert moments.epochs_to(record, 2.5) == 1
+    assert moments.epochs_to(record, 1.25) == 1.75
+    assert moments.epochs_to(record, 0.4) == math.inf
+    assert (moments.at_initialisation(record), moments.early(record), moments.at_end(record)) == (0.4, 0.2, -0.9)
+    assert moments.at_loss(record, 1.25) == pytest.approx((0.2 - 0.3 - 0.9) / 3)
+    assert moments.at_loss(record, 0.5) == pytest.approx((-0.3 - 0.9) / 2)
+    assert math.isnan(moments.at_loss(record, 0.4))
+    long = record_of([math.nan, *[1.0] * 40], [0.0, *range(40)], epochs=40)
+    assert moments.early(long) == np.mean(range(6))
+    assert moments.at_end(long) == np.mean(range(36, 40))
+    assert list(moments.moments(1.2)) == ["at initialisation", "early", "at loss 1.2", "at the end"]
+
+
+def test_a_training_that_ends_at_guessing_failed():
+    """Ten classes have a loss of 2.303 by guessing, two 0.693."""
+    losses = [math.nan, 2.3, 2.3]
+    assert moments.failed(record_of([*losses, 2.2], [0.0] * 4))
+    assert not moments.failed(record_of([*losses, 2.0], [0.0] * 4))
+    assert moments.failed(record_of([*losses, 0.65], [0.0] * 4, data="digits-parity"))
+    assert moments.failed(record_of(losses, [0.0] * 3)), "it diverged"
 
 
 def test_the_learning_rate_is_chosen_by_the_training_loss_of_another_seed():
@@ -259,9 +288,11 @@ def test_the_learning_rate_is_chosen_by_the_training_loss_of_another_seed():
         made = [record_of([math.nan, 2, 2, loss[r.lr]], [0, 0, 0, 0], r.seed, r.model, r.lr) for r in runs]
         return [record | {"run": vars(run)} for record, run in zip(made, runs, strict=True)]
 
-    runs = [replace(TINY, epochs=3), replace(TINY, epochs=3, model="tanh-1-4")]
-    records = sweep.tuned(runs, (0.01, 0.1, 1.0), 2, "x", finish)
-    assert [run.seed for run in seen[0]] == [sweep.TUNING_SEED] * 6
+    runs = [replace(TINY, epochs=5), replace(TINY, epochs=5, model="tanh-1-4")]
+    plan = replace(protocol.DIGITS, rates=(0.01, 0.1, 1.0), seeds=2, tuning_epochs=3)
+    records = sweep.tuned(runs, plan, "x", finish)
+    assert [(run.seed, run.epochs) for run in seen[0]] == [(sweep.TUNING_SEED, 3)] * 6
+    assert {run.epochs for run in seen[1]} == {5}
     assert [(run.model, run.lr, run.seed) for run in seen[1]] == [
         (model, 0.1, seed) for model in ("linear-1-4", "tanh-1-4") for seed in (0, 1)
     ]
@@ -269,13 +300,36 @@ def test_the_learning_rate_is_chosen_by_the_training_loss_of_another_seed():
     assert len(sweep.chosen(records, "tanh-1-4", "glorot")) == 2
 
 
-def test_rank_correlation_puts_those_that_never_arrive_last():
-    fast = record_of([math.nan, 0.1, 0.1, 0.1], [0.5] * 4)
-    slow = record_of([math.nan, 2, 1, 0.1], [0.1] * 4)
-    never = [record_of([math.nan, 2, 2, last], [-0.5] * 4) for last in (1, 2)]
-    assert speed.rank_correlation([fast, slow, *never], lambda r: sweep.curve(r, "min_cosine")[0], 0.5) == 1
-    assert speed.rank_correlation([never[0], slow, fast], lambda r: -sweep.curve(r, "min_cosine")[0], 0.5) == -1
-    assert math.isnan(speed.rank_correlation(never, lambda r: 0.0, 0.5))
+def test_a_trend_is_per_doubling_with_an_interval():
+    exact = trends.slope([1, 2, 8], [[1.0, 1.0], [1.5, 1.5], [2.5, 2.5]])
+    assert tuple(exact) == pytest.approx((0.5, 0.5, 0.5)), "without noise there is nothing unsure"
+    noise = np.random.default_rng(0).normal(size=(5, 4))
+    sizes = (1, 2, 4, 8, 16)
+    wide, narrow = (trends.slope(sizes, np.arange(5)[:, None] + width * noise) for width in (1.0, 0.1))
+    assert wide.low < narrow.low < 1 < narrow.high < wide.high
+    assert str(trends.slope([1, 2, 4], [[1.0], [math.nan], [3.0]])) == "too few"
+    assert str(trends.Estimate(0.5, -0.25, 1)) == "0.50 [\N{MINUS SIGN}0.25, 1.00]"
+
+
+def test_seeds_of_one_network_are_not_networks():
+    """Two networks far apart with many seeds: to draw networks again makes the interval as wide as both."""
+    networks = [[0.0] * 50, [1.0] * 50]
+    mean = trends.bootstrap(networks, lambda _, entries: float(np.mean(entries)))
+    assert tuple(mean) == (0.5, 0.0, 1.0)
+
+
+def test_correlation_of_confusion_and_time():
+    def network(i, epochs, cosine):
+        losses = [math.nan, *(2 - 1.5 * np.arange(3) / (epochs - 1))]  # 0.5 after `epochs`
+        return [record_of(losses, [cosine] * 4, seed, f"cnn-{i}-1") for seed in (0, 1)]
+
+    at_initialisation = moments.at_initialisation
+    ordered = [record for i in range(6) for record in network(i, 1.8 + i / 10, 0.5 - i / 10)]
+    found = speed.correlation(ordered, at_initialisation, 0.5)
+    assert found.value == pytest.approx(1) and found.low == pytest.approx(1)
+    assert speed.correlation(ordered, lambda record: -at_initialisation(record), 0.5).value == pytest.approx(-1)
+    assert str(speed.correlation(ordered[:8], at_initialisation, 0.5)) == "too few"
+    assert [len(members) for members in speed.by_network(ordered)] == [2] * 6
 
 
 def test_a_band_is_mean_and_standard_deviation():
@@ -303,31 +357,31 @@ def test_cells_of_a_table():
 def test_all_studies_in_processes_of_their_own(tmp_path, capsys):
     """The paper's setting on files of CIFAR-10, shrunk, and the same again from what was kept."""
     write_cifar(tmp_path / "data", 10, samples=16)
-    arguments = [
-        "--full",
-        "--fast",
-        "--data-dir",
-        str(tmp_path / "data"),
-        "--save-dir",
-        str(tmp_path),
-        "--workers",
-        "1",
-    ]
-    command.main(arguments)
+    command_line = f"--full --fast --data-dir {tmp_path / 'data'} --save-dir {tmp_path} --workers 1"
+    command.main(command_line.split())
     folder = tmp_path / "cifar10-full-fast"
     summary = (folder / "summary.md").read_text()
     assert summary in capsys.readouterr().out
     for name in command.STUDIES:
         assert f"## {name}\n" in summary
         assert name == "theory" or (folder / f"{name}.csv").stat().st_size > 0
-    pictures = {"init.png", "depth.png", "width.png", "batchnorm_skip.png", "orthogonal.png", "speed.png"}
-    pictures |= {"regression.png", "concentration.png"}
-    assert {path.name for path in folder.glob("*.png")} == pictures
+    pictures = "init width cnn_depth cnn_width mlp_depth batchnorm_skip orthogonal speed regression concentration"
+    assert {path.stem for path in folder.glob("*.png")} == set(pictures.split())
     runs = {path: path.stat().st_mtime_ns for path in (folder / "runs").iterdir()}
     assert {json.loads(path.read_text())["run"]["data"] for path in runs} == {"cifar10"}
-    command.main(arguments)
+    assert all(json.loads(path.read_text())["processor"] for path in runs)
+    command.main(command_line.split())
     assert {path: path.stat().st_mtime_ns for path in (folder / "runs").iterdir()} == runs
     assert (folder / "summary.md").read_text() == summary
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar100"])
+def test_a_study_of_other_files(tmp_path, name, capsys):
+    write_mnist(tmp_path, train=40, test=20) if name == "mnist" else write_cifar(tmp_path, 100, samples=40)
+    plan = protocol.shrunk(protocol.on(protocol.FULL, name))
+    finish = partial(sweep.finish, folder=tmp_path / "runs", data_dir=str(tmp_path), pool=Here())
+    assert f"\n{name}:\n" in width.study(plan, finish, tmp_path)
+    assert {json.loads(path.read_text())["run"]["data"] for path in (tmp_path / "runs").iterdir()} == {name}
 
 
 def test_the_full_setting_is_the_papers():
@@ -335,6 +389,13 @@ def test_the_full_setting_is_the_papers():
     assert (full.data, full.channels, full.batch_size, full.epochs, full.seeds) == ("cifar10", 16, 128, 200, 5)
     assert 100 <= full.num_units * (full.num_units - 1) // 2 <= 110
     assert full.run("cnn-16-2").unit_size == 128
+    assert full.run("cnn-16-2").batches is None, "an epoch is the whole training set"
+
+
+def test_other_data_have_their_own_loss_to_compare_at():
+    assert protocol.on(protocol.DIGITS, "digits").target == 0.5
+    assert protocol.on(protocol.DIGITS, "mnist").target == 0.5
+    assert protocol.on(protocol.DIGITS, "digits-noisy") is protocol.DIGITS
 
 
 def test_missing_files_end_the_command_with_what_to_do(tmp_path):
@@ -347,7 +408,7 @@ def test_missing_files_end_the_command_with_what_to_do(tmp_path):
 def test_no_such_study(capsys):
     with pytest.raises(SystemExit):
         command.main(["depth"])
-    assert "choose from init, depth_width, batchnorm_skip, orthogonal, speed" in capsys.readouterr().err
+    assert "choose from init, width, depth_width, batchnorm_skip, orthogonal, speed" in capsys.readouterr().err
 
 
 # ---- what the theorems say -------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-from paper import data
+from paper import data, endless
 
 MNIST = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
@@ -82,6 +82,72 @@ def test_digits():
     assert [tuple(part.shape) for part in digits] == [(1500, 1, 8, 8), (1500,), (297, 1, 8, 8), (297,)]
     assert digits.train_images.min() == 0 and digits.train_images.max() == 1
     assert digits.train_labels.unique().tolist() == list(range(10))
+
+
+# ---- the endless sets of digits --------------------------------------------------------------------------------------
+
+
+def squares(count: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.zeros(count, 1, 8, 8)
+    images[:, :, 3:5, 3:5] = 1
+    return images, torch.arange(count) % 10
+
+
+def test_one_label_of_ten_is_wrong():
+    images, labels = squares()
+    images += labels.view(-1, 1, 1, 1)  # the brightest pixel tells the label
+    drawn, given = endless.noisy(images, labels, 4000, seed=0)
+    right = (drawn.amax((1, 2, 3)) - 1).round().long()
+    wrong = right != given
+    assert float(wrong.float().mean()) == pytest.approx(0.1, abs=0.015)
+    assert given[wrong].unique().tolist() == list(range(10))
+    assert torch.equal(*(endless.noisy(images, labels, 50, seed=0, noise=0.0)[1] for _ in range(2)))
+
+
+def test_no_two_images_are_alike():
+    drawn, _ = endless.noisy(*squares(count=3), 500, seed=0)
+    assert len(drawn.flatten(1).unique(dim=0)) == 500
+
+
+def test_parity_of_the_sum():
+    images, labels = squares(count=10)
+    images += labels.view(-1, 1, 1, 1)
+    drawn, given = endless.parity(images, labels, 300, seed=0)
+    assert drawn.shape == (300, 1, 8, 16)
+    digits = [(half.amax((1, 2, 3)) - 1).round().long() for half in drawn.split(8, dim=3)]
+    assert torch.equal(given, (digits[0] + digits[1]) % 2)
+
+
+def test_turning_and_shifting(monkeypatch):
+    images, _ = squares(count=500)
+    generator = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(endless, "DEGREES", 0.0)
+    monkeypatch.setattr(endless, "PIXELS", 0.0)
+    torch.testing.assert_close(endless.moved(images, generator), images, rtol=0, atol=1e-5)
+    monkeypatch.setattr(endless, "PIXELS", 1.0)
+    moved = endless.moved(images, generator)[:, 0]
+    torch.testing.assert_close(moved.sum((1, 2)), images.sum((1, 2, 3)), rtol=0, atol=1e-4)
+    centre = (moved.sum(1) * torch.arange(8)).sum(1) / 4 - 3.5
+    assert float(centre.min()) == pytest.approx(-1, abs=0.05) and float(centre.max()) == pytest.approx(1, abs=0.05)
+    monkeypatch.setattr(endless, "PIXELS", 0.0)
+    monkeypatch.setattr(endless, "DEGREES", 15.0)
+    bar = torch.zeros(500, 1, 8, 8)
+    bar[:, :, 3:5] = 1
+    ends = endless.moved(bar, generator)[:, 0, :, 6]  # 2.5 pixels from the middle
+    height = (ends * torch.arange(8)).sum(1) / ends.sum(1) - 3.5
+    assert float(height.max()) == pytest.approx(2.5 * np.tan(np.radians(15)), abs=0.1)
+    assert float(height.min()) == pytest.approx(-2.5 * np.tan(np.radians(15)), abs=0.1)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("digits-noisy", (1, 8, 8)), ("digits-parity", (1, 8, 16))])
+def test_endless_sets_by_name(name, shape):
+    read = data.load(name)
+    assert read.train_images.shape == (endless.IMAGES, *shape) and read.test_images.shape[1:] == shape
+    assert read.train_labels.unique().tolist() == list(range(data.classes_of(name)))
+    assert float(read.train_images.min()) >= 0 and float(read.train_images.max()) <= 1 + 1e-6
+
+
+# ---- files that are published ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -193,5 +259,5 @@ def test_damaged_cifar(tmp_path):
 def test_no_folder_and_no_such_data():
     with pytest.raises(ValueError, match="--data-dir"):
         data.load("cifar10")
-    with pytest.raises(ValueError, match="choose from digits, mnist, cifar10, cifar100"):
+    with pytest.raises(ValueError, match="choose from digits, digits-noisy, digits-parity, mnist, cifar10, cifar100"):
         data.load("imagenet", ".")

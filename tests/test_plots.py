@@ -260,8 +260,8 @@ def test_plot_runs_of_one_run():
     assert curve(cosines.lines[1])[:2] == [(0, -0.1), (50, -0.5)]
     low, high = cosines.collections[0].get_paths()[0].vertices.T[1].min(), 0.5
     assert (low, cosines.collections[0].get_paths()[0].vertices.T[1].max()) == (-0.25, high)
-    assert cosines.get_title() == "line: min_cosine, band: p05_cosine to mean_cosine"
-    assert (eta.get_ylabel(), loss.get_ylabel(), accuracy.get_ylabel()) == ("eta", "loss", "val_acc")
+    assert cosines.get_title() == "line: min_cosine, band: p05_cosine to mean_cosine\na"
+    assert (eta.get_ylabel(), loss.get_ylabel(), accuracy.get_ylabel()) == ("eta\n(squared norm)", "loss", "val_acc")
     assert [curve(line) for line in loss.lines[:2]] == [[(50, 2.3), (100, 1.2)], [(74, 2.5)]]
     assert loss.lines[1].get_marker() == "."  # a single point has no line
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["train_loss", "val_loss"]
@@ -281,12 +281,32 @@ def test_plot_runs_with_quantiles_has_a_band_between_them():
     axes = plot_runs({"a": RUN | quantiles}).axes[0]
     heights = axes.collections[0].get_paths()[0].vertices.T[1]
     assert (heights.min(), heights.max()) == (-0.75, 0.875)
-    assert axes.get_title() == "line: min_cosine, band: 5 % to 95 % of the cosines"
+    assert axes.get_title() == "line: min_cosine, band: 5 % to 95 % of the cosines\na"
 
 
 def test_plot_runs_of_given_keys():
     figure = plot_runs({"a": RUN}, ["lr-Adam", "val_loss"])
-    assert [axes.get_ylabel() for axes in figure.axes] == ["cosine", "eta", "lr-Adam", "val_loss"]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["cosine", "eta\n(squared norm)", "lr-Adam", "val_loss"]
+
+
+def test_plot_runs_marks_a_key_as_it_is_drawn():
+    runs = {name: {"gradient_confusion/min_cosine": {0: 0.5}, key: {0: 1.0}} for name, key in (("a", "x"), ("b", "y"))}
+    axes = plot_runs(runs, ["x", "y"]).axes[1:]
+    assert [panel.get_ylabel() for panel in axes] == ["x", "y"]
+    runs = {name: curves | {"shared_loss": {0: 1.0}, f"{name}_loss": {0: 2.0}} for name, curves in runs.items()}
+    loss = plot_runs(runs).axes[1]
+    drawn = {(line.get_color(), line.get_linestyle()) for line in loss.lines if len(line.get_xdata())}
+    marks = {
+        text.get_text(): (line.get_color(), line.get_linestyle())
+        for text, line in zip(loss.get_legend().get_texts(), loss.get_legend().get_lines(), strict=True)
+    }
+    assert {marks["a_loss"], marks["b_loss"]} <= drawn
+    assert marks["shared_loss"][0] not in {colour for colour, _ in drawn}
+
+
+def test_plot_runs_of_few_steps_has_whole_steps_on_its_axis():
+    figure = plot_runs({"a": {"gradient_confusion/min_cosine": {0: 0.5, 1: 0.25, 2: 0.0}}})
+    assert all(float(tick).is_integer() for tick in figure.axes[-1].get_xticks())
 
 
 def test_plot_curves_reads_what_the_csv_logger_wrote(tmp_path):
@@ -344,5 +364,5 @@ def test_without_matplotlib_the_error_says_how_to_get_it(plot, monkeypatch):
         return import_module(name, *arguments, **keywords)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ImportError, match=r'pip install "lightning_gradconf\[plots\]"'):
+    with pytest.raises(ImportError, match="pip install matplotlib"):
         plot(draw_gram(3))

@@ -16,9 +16,17 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-NAMES = ("digits", "mnist", "cifar10", "cifar100")
+from . import endless
+
+OF_DIGITS = {"digits-noisy": endless.noisy, "digits-parity": endless.parity}
+NAMES = ("digits", *OF_DIGITS, "mnist", "cifar10", "cifar100")
 _MNIST_PAGE = "http://yann.lecun.com/exdb/mnist/"
 _CIFAR_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
+
+
+def classes_of(name: str) -> int:
+    """Return how many classes a data set has."""
+    return {"digits-parity": 2, "cifar100": 100}.get(name, 10)
 
 
 class Data(NamedTuple):
@@ -31,14 +39,16 @@ class Data(NamedTuple):
 
 
 def load(name: str, folder: str | Path | None = None) -> Data:
-    """Training and test set of one of ``NAMES``; all but ``digits`` are read from files in ``folder``.
+    """Return training and test set of one of ``NAMES``; all but those of digits are read from files in ``folder``.
 
     Grey pixels are scaled to [0, 1]. Colours are standardised with each channel's mean and standard deviation over the
-    training set. There is no augmentation. Raises ``ValueError`` without a folder, for an unknown name and for a
-    damaged file, ``FileNotFoundError`` where files are missing; both say what to do.
+    training set. Only the larger sets of digits are augmented. Raises ``ValueError`` without a folder, for an unknown
+    name and for a damaged file, ``FileNotFoundError`` where files are missing; both say what to do.
     """
     if name == "digits":
         return _digits()
+    if name in OF_DIGITS:
+        return _endless(name)
     if name not in NAMES:
         raise ValueError(f"There is no data set {name!r}: choose from {', '.join(NAMES)}.")
     if folder is None:
@@ -54,6 +64,14 @@ def _digits() -> Data:
         for part in train_test_split(images / 16, labels, test_size=297, stratify=labels, random_state=0)
     )
     return Data(x_train.float().view(-1, 1, 8, 8), y_train, x_test.float().view(-1, 1, 8, 8), y_test)
+
+
+def _endless(name: str) -> Data:
+    """Training and test set made of the digits of either; the labels of the test set are right."""
+    digits = _digits()
+    train = OF_DIGITS[name](digits.train_images, digits.train_labels, endless.IMAGES, seed=0)
+    exact = {"noise": 0.0} if name == "digits-noisy" else {}
+    return Data(*train, *OF_DIGITS[name](digits.test_images, digits.test_labels, 2000, seed=1, **exact))
 
 
 def _mnist(folder: Path) -> Data:

@@ -10,9 +10,10 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from scipy.stats import gaussian_kde
 
-from .sweep import Record, curve
+from .moments import Record, curve
 
 INK, PALE = "#262626", "#d9d9d9"
 QUALITATIVE = ("#4c80b6", "#c44e52", "#55a868", "#8172b3", "#937860", "#da8bc3")
@@ -40,6 +41,8 @@ def band(axes: Axes, x: Any, values: Any, colour: Any, name: str, **style: Any) 
     On a logarithmic axis both are of the logarithm.
     """
     values = np.asarray(values, dtype=float)
+    if not np.isfinite(values).any():
+        return
     logarithmic = axes.get_yscale() == "log"
     if logarithmic:
         values = np.log(np.where(values > 0, values, np.nan))
@@ -64,20 +67,48 @@ def density(axes: Axes, records: Sequence[Record], colour: Any, name: str) -> No
 def training(groups: dict[str, list[Record]], colours: Sequence[Any], title: str) -> Figure:
     """Loss, lowest cosine and final density side by side, a colour for each group of seeds."""
     figure, (row,) = canvas(1, 3)
+    training_row(row, groups, colours)
+    label(figure, row[0], title)
+    return figure
+
+
+def training_row(row: Sequence[Axes], groups: dict[str, list[Record]], colours: Sequence[Any]) -> None:
+    """Draw loss, lowest cosine and final density of all runs, also of those that fail."""
     row[0].set(yscale="log", xlabel="epoch", ylabel="training loss (nats)", title="loss")
-    row[1].set(xlabel="epoch", ylabel="lowest cosine of all pairs", title="gradient confusion of mini-batches")
     row[2].set(xlabel="cosine of two mini-batches", ylabel="density", title="all pairs after training", xlim=(-1, 1))
     for colour, (name, records) in zip(colours, groups.items(), strict=True):
         epochs = range(records[0]["run"]["epochs"] + 1)
         band(row[0], epochs, [curve(record, "loss") for record in records], colour, name)
-        band(row[1], epochs, [curve(record, "min_cosine") for record in records], colour, name)
         density(row[2], records, colour, name)
-    for axes in row[:2]:
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    row[1].axhline(0, color=PALE, linewidth=1, zorder=0)
+    confusion(row[1], groups, colours, "gradient confusion of mini-batches")
+    row[0].xaxis.get_major_locator().set_params(integer=True)
+    plain_logarithm(row[0])
+    row[2].set_ylim(bottom=0)  # where the band of a density is one
     row[2].axvline(0, color=PALE, linewidth=1, zorder=0)
-    label(figure, row[0], title)
-    return figure
+
+
+def confusion(axes: Axes, groups: dict[str, list[Record]], colours: Sequence[Any], title: str) -> None:
+    """Draw the lowest cosine through training, a colour for each group of seeds."""
+    axes.set(xlabel="epoch", ylabel="lowest cosine of all pairs", title=title)
+    for colour, (name, records) in zip(colours, groups.items(), strict=True):
+        epochs = range(records[0]["run"]["epochs"] + 1)
+        band(axes, epochs, [curve(record, "min_cosine") for record in records], colour, name)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.axhline(0, color=PALE, linewidth=1, zorder=0)
+    cosines(axes)
+
+
+def cosines(axes: Axes) -> None:
+    """Leave out of the y axis where a band of mean and deviation is no cosine any more."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -1.02), min(high, 1.02))
+
+
+def plain_logarithm(axes: Axes) -> None:
+    """Put the ticks of a logarithmic y axis at 1, 2 and 5 times powers of ten, as plain numbers."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def sizes_on(axes: Axes, sizes: Sequence[int], name: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .figures import QUALITATIVE, band, canvas, label, save, sizes_on
-from .protocol import Protocol
+from .protocol import TARGETS, Protocol
 from .run import Run
 from .sweep import Finish, write_csv
 from .tables import markdown, spread
@@ -26,14 +26,15 @@ DEPTH, WIDTH = 8, 64  # held fixed while the other changes
 
 
 def runs(protocol: Protocol, activation: str, init: str) -> list[list[Run]]:
-    """The runs against depth, then those against width, of all seeds."""
+    """Return the runs against depth, then those against width, of all seeds; of the digits with their own labels."""
+    data = "digits" if protocol.data in TARGETS else protocol.data
     names = [
         [f"{activation}-{depth}-{WIDTH}" for depth in protocol.init_depths],
         [f"{activation}-{DEPTH}-{width}" for width in protocol.init_widths],
     ]
     return [
         [
-            replace(protocol.run(name, init), epochs=0, num_units=protocol.init_samples, unit_size=1, seed=seed)
+            replace(protocol.run(name, init, data), epochs=0, num_units=protocol.init_samples, unit_size=1, seed=seed)
             for seed in range(protocol.init_seeds)
             for name in row
         ]
@@ -42,7 +43,7 @@ def runs(protocol: Protocol, activation: str, init: str) -> list[list[Run]]:
 
 
 def study(protocol: Protocol, finish: Finish, folder: Path) -> str:
-    """Two tables in Markdown; writes ``init.csv`` and ``init.png``."""
+    """Return two tables in Markdown; writes ``init.csv`` and ``init.png``."""
     planned = {line: runs(protocol, *line[:2]) for line in LINES}
     todo = [run for pair in planned.values() for part in pair for run in part]
     records = finish(todo, "init")

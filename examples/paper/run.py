@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import platform
 import time
 import warnings
 from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradconf import GradientConfusionCallback
+from lightning_gradconf import GradientConfusionCallback, gradient_gram
 from lightning_gradconf.statistics import pairwise_cosines
 
 from . import data, models
@@ -34,24 +36,24 @@ class Run:
     lr: float = 0.0
     epochs: int = 0  # 0: measured at initialisation only
     batch_size: int = 128
+    batches: int | None = None  # of an epoch; None: as many as the training set has
     num_units: int = 15
     unit_size: int = 128
 
 
 def train(run: Run, folder: str | None = None) -> dict[str, Any]:
-    """What a run recorded: ``rows``, one an epoch, the ``cosines`` of its last measurement, and its costs.
+    """Train one network and return what it recorded: ``rows``, the ``cosines`` of the last measurement, and its costs.
 
-    Row 0 is the initialisation, and has no loss. In the others ``loss`` is the mean over the epoch's batches. The
-    learning rate is divided by 10 after 40 % and 80 % of the epochs, as from epochs 80 and 160 of 200. A run whose loss
-    is not finite ends there.
+    There is a row for each epoch. Row 0 is the initialisation, and has no loss. In the others ``loss`` is the mean over
+    the epoch's batches. The learning rate is divided by 10 after 40 % and 80 % of the epochs, as from epochs 80 and 160
+    of 200. A run whose loss is not finite ends there.
     """
     quiet()
     started = time.process_time()
     torch.manual_seed(run.seed)
     dataset = _loaded(run.data, folder)
-    classes = int(dataset.train_labels.max()) + 1
     image = dataset.train_images.shape[1:]
-    net = models.build(run.model, (image[0], image[1], image[2]), classes, run.channels)
+    net = models.build(run.model, (image[0], image[1], image[2]), data.classes_of(run.data), run.channels)
     models.initialise(net, run.init, relu=not run.model.startswith(("tanh", "linear")))
     module = Classifier(net, run.lr, [round(0.4 * run.epochs), round(0.8 * run.epochs)])
     # Without training, the one step is measured before it is taken; the end of its epoch would come after.
@@ -63,6 +65,7 @@ def train(run: Run, folder: str | None = None) -> dict[str, Any]:
     trainer = pl.Trainer(
         max_epochs=run.epochs or 1,
         max_steps=-1 if run.epochs else 1,
+        limit_train_batches=run.batches,
         callbacks=[confusion, history],
         devices=1,
         logger=False,
@@ -78,9 +81,11 @@ def train(run: Run, folder: str | None = None) -> dict[str, Any]:
         "run": asdict(run),
         "rows": history.rows,
         "cosines": [round(cosine, 4) for cosine in pairwise_cosines(confusion.last_gram).tolist()],
+        "samples_in_effect": samples_in_effect(module, dataset, run) if run.epochs else math.nan,
         "accuracy": accuracy(net, dataset.test_images, dataset.test_labels) if run.epochs else math.nan,
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
         "cpu_seconds": round(time.process_time() - started, 2),
+        "processor": processor(),
     }
 
 
@@ -143,6 +148,21 @@ class Batches(TensorDataset):
         return tuple(tensor[indices] for tensor in self.tensors)
 
 
+def samples_in_effect(module: Classifier, dataset: data.Data, run: Run) -> float:
+    """Return of how many samples the gradient of a mini-batch consists, the others being small beside them.
+
+    It is the participation ratio of their squared norms, between 1 and the batch size: the mean over four mini-batches.
+    """
+    generator = torch.Generator().manual_seed(run.seed)
+    count = min(4 * run.batch_size, len(dataset.train_labels))
+    drawn = torch.randperm(len(dataset.train_labels), generator=generator)[:count]
+    device = next(module.parameters()).device
+    batch = (dataset.train_images[drawn].to(device), dataset.train_labels[drawn].to(device))
+    gram = sum(gradient_gram(module, lambda module, batch: module.training_step(batch, 0), batch).values())
+    squared = torch.as_tensor(gram).diagonal().double().split(run.batch_size)
+    return float(torch.stack([part.sum() ** 2 / (part**2).sum() for part in squared]).mean())
+
+
 @torch.no_grad()
 def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Share of the images that a network puts in the right class, in evaluation mode."""
@@ -156,8 +176,20 @@ def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 @cache
+def processor() -> str:
+    """Name what runs are trained on: a GPU where there is one, as the Trainer chooses it."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    # Virtual machines hide the name; the instruction set decides on rounding then.
+    return f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+@cache
 def _loaded(name: str, folder: str | None) -> data.Data:
-    """Read once in each process."""
+    """Read a data set once in each process."""
     return data.load(name, folder)
 
 

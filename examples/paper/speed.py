@@ -1,90 +1,108 @@
-"""Study (e): how fast all networks of the other studies learned, against their gradient confusion."""
+"""Study (f): how fast all networks of the other studies learned, against their gradient confusion."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from . import batchnorm_skip, depth_width, orthogonal
+from . import batchnorm_skip, depth_width, orthogonal, width
 from .figures import PALE, QUALITATIVE, canvas, label, save
+from .moments import Measure, Record, epochs_to, failed, moments, trained
 from .protocol import Protocol
-from .sweep import Finish, Record, confusion_until, curve, epochs_to, is_tuning, write_summary
-from .tables import markdown, number, spread
+from .sweep import Finish, is_tuning, write_summary
+from .tables import markdown, spread
+from .trends import UNKNOWN, Estimate, bootstrap
 
 FAMILIES = {
     "CNN": ("cnn",),
     "with skip or BatchNorm": ("skip", "bn", "wrn"),
-    "linear": ("linear",),
-    "tanh": ("tanh",),
+    "ReLU perceptrons": ("relu",),
+    "linear and tanh": ("linear", "tanh"),
 }
+FEWEST = 5  # networks, of which a rank correlation is given
 
 
 def study(protocol: Protocol, finish: Finish, folder: Path) -> str:
-    """A table in Markdown; writes ``speed.csv`` and ``speed.png``."""
-    records = [r for part in (depth_width, batchnorm_skip, orthogonal) for r in part.records(protocol, finish)]
-    records = list({json.dumps(record["run"]): record for record in records}.values())  # CNN-28-2 is in two
-    write_summary(records, protocol.target, folder / "speed.csv")
-    chosen = [record for record in records if not is_tuning(record)]
-    sets = {name: [r for r in chosen if kind(r) in kinds] for name, kinds in FAMILIES.items()}
-    measures: dict[str, Callable[[Record], float]] = {
-        "at initialisation": lambda record: float(curve(record, "min_cosine")[0]),
-        f"mean until loss {protocol.target:g}": lambda record: confusion_until(record, protocol.target),
-        "mean over all epochs": lambda record: float(np.nanmean(curve(record, "min_cosine"))),
-    }
-    lines = []
+    """Return tables in Markdown; writes ``speed.csv``, a line for each run, and ``speed.png``."""
+    parts = (width, depth_width, batchnorm_skip, orthogonal)
+    everything = [record for part in parts for record in part.records(protocol, finish)]
+    everything = list({json.dumps(record["run"]): record for record in everything}.values())  # some are in two
+    write_summary(everything, width.targets(protocol), folder / "speed.csv")
+    records = [r for r in everything if not is_tuning(r) and r["run"]["data"] == protocol.data]
+    sets = {name: [r for r in records if kind(r) in kinds] for name, kinds in FAMILIES.items()} | {"all": records}
+    measures = moments(protocol.target)
+    correlations, failures = [], []
     for name, measure in measures.items():
-        cells = [
-            spread(by_seed(members, measure, protocol), missing="constant") for members in [*sets.values(), chosen]
-        ]
-        lines.append([name, *cells, number(rank_correlation(records, measure, protocol.target))])
+        cells = [str(correlation(trained(members), measure, protocol.target)) for members in sets.values()]
+        correlations.append([name, *cells])
+        bad, good = ([measure(r) for r in records if failed(r) == state] for state in (True, False))
+        failures.append([name, spread(bad, missing="not"), spread(good, missing="not")])
     save(scatter(records, protocol, measures), folder / "speed.png")
-    sizes = [f"{name} ({len(members)})" for name, members in {**sets, "all": chosen}.items()]
-    return markdown(["confusion", *sizes, f"all, and the runs at other rates ({len(records)})"], lines)
+    sizes = [f"{name} ({len(by_network(trained(members)))} networks)" for name, members in sets.items()]
+    bad = sum(failed(record) for record in records)
+    head = ["min cosine", f"of the {bad} runs that fail", f"of the {len(records) - bad} that train"]
+    return f"{markdown(['confusion', *sizes], correlations)}\n\n{markdown(head, failures)}"
 
 
-def rank_correlation(records: Sequence[Record], measure: Callable[[Record], float], target: float) -> float:
-    """Spearman's rho of the epochs to a loss with confusion, the negative of a cosine; 1: more confused is slower.
+def correlation(records: Sequence[Record], measure: Measure, target: float) -> Estimate:
+    """Return Spearman's correlation of epochs to a loss with confusion, the negative of a cosine.
 
-    Runs that never reach the loss share the last rank. NaN if all are equal.
+    1: the more confused of two runs always is the slower one. Runs that train without coming to the loss share the last
+    rank. The interval is over networks and their seeds together. Unknown for fewer than FEWEST networks.
     """
-    epochs = [min(epochs_to(record, target), 1e9) for record in records]
-    confusion = [-measure(record) for record in records]
-    if len(set(epochs)) < 2 or len(set(confusion)) < 2:
+    pairs = [
+        [
+            (min(epochs_to(record, target), 1e9), -measure(record))
+            for record in network
+            if math.isfinite(measure(record))
+        ]
+        for network in by_network(records)
+    ]
+    pairs = [network for network in pairs if network]
+    if len(pairs) < FEWEST:
+        return UNKNOWN
+    return bootstrap(pairs, lambda _, entries: spearman([pair for network in entries for pair in network]))
+
+
+def spearman(pairs: Sequence[tuple[float, float]]) -> float:
+    """Return the rank correlation, NaN where one side is constant."""
+    first, second = zip(*pairs, strict=True)
+    if len(set(first)) < 2 or len(set(second)) < 2:
         return math.nan
-    return float(spearmanr(epochs, confusion).statistic)
+    return float(spearmanr(first, second).statistic)
 
 
-def by_seed(records: Sequence[Record], measure: Callable[[Record], float], protocol: Protocol) -> list[float]:
-    """The rank correlation among the runs of each seed."""
-    seeds = [[r for r in records if r["run"]["seed"] == seed] for seed in range(protocol.seeds)]
-    return [rank_correlation(members, measure, protocol.target) for members in seeds]
+def by_network(records: Sequence[Record]) -> list[list[Record]]:
+    """Return the runs of each network, its seeds."""
+    networks: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        networks.setdefault((record["run"]["model"], record["run"]["init"]), []).append(record)
+    return list(networks.values())
 
 
-def scatter(records: Sequence[Record], protocol: Protocol, measures: dict[str, Callable[[Record], float]]) -> Figure:
-    """A point for each run, those that never reach the loss above a line; one panel for each measure of confusion."""
+def scatter(records: Sequence[Record], protocol: Protocol, measures: dict[str, Measure]) -> Figure:
+    """Draw a point for each run; above the line those that train too slowly, and those that fail."""
     figure, (row,) = canvas(1, len(measures))
-    never = 1.12 * protocol.epochs
-    ticks = np.linspace(0, protocol.epochs, 5)
+    never, failing = 1.1 * protocol.epochs, 1.22 * protocol.epochs
+    ticks = [protocol.epochs * part / 3 for part in range(4)]
     for axes, (title, measure) in zip(row, measures.items(), strict=True):
         for (name, kinds), colour in zip(FAMILIES.items(), QUALITATIVE, strict=False):
-            for tuning in (True, False):
-                members = [r for r in records if kind(r) in kinds and is_tuning(r) == tuning]
-                x = [measure(record) for record in members]
-                y = [min(epochs_to(record, protocol.target), never) for record in members]
-                filled = {"facecolor": "none", "alpha": 0.5} if tuning else {"facecolor": colour, "label": name}
-                axes.scatter(x, y, s=18, edgecolor=colour, linewidth=0.9, **filled)
-        axes.axhline(1.06 * protocol.epochs, color=PALE, linewidth=1)
-        axes.set_yticks([*ticks, never], [*(f"{tick:g}" for tick in ticks), "never"])
+            members = [r for r in records if kind(r) in kinds]
+            x = [measure(record) for record in members]
+            y = [failing if failed(r) else min(epochs_to(r, protocol.target), never) for r in members]
+            axes.scatter(x, y, s=16, facecolor=colour, edgecolor="white", linewidth=0.4, label=name)
+        axes.axhline(1.04 * protocol.epochs, color=PALE, linewidth=1)
+        axes.set_yticks([*ticks, never, failing], [*(f"{tick:g}" for tick in ticks), "never", "fails"])
         axes.set(
             xlabel="lowest cosine of all pairs", ylabel=f"epochs to training loss {protocol.target:g}", title=title
         )
-    label(figure, row[0], "All trained runs; hollow: at the learning rates tried, with one seed")
+    label(figure, row[0], "All trained runs at their best rate")
     return figure
 
 

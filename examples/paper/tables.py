@@ -6,41 +6,48 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
-from .sweep import Record, confusion_until, curve, epochs_to, final_loss
+from .moments import Record, at_end, at_initialisation, epochs_to, final_loss, moments, trained
 
 
 def table(groups: dict[str, list[Record]], target: float) -> str:
-    """A line for each group of seeds: learning rate, lowest cosine, speed, loss and accuracy."""
+    """Return a line for each group of seeds: rate, how many train, lowest cosines, speed, loss and accuracy.
+
+    All but the cosine at initialisation is over the runs that train. Those that fail have a column of their own.
+    """
+    measures = moments(target)
+    failures = any(len(trained(records)) < len(records) for records in groups.values())
     lines = []
     for label, records in groups.items():
-        epochs = [epochs_to(record, target) for record in records]
-        reached = [value for value in epochs if math.isfinite(value)]
-        speed = (
-            f"{spread(reached, 1)} ({len(reached)} of {len(epochs)} runs)"
-            if reached
-            else f"never (0 of {len(epochs)} runs)"
-        )
+        good = trained(records)
+        bad = [record for record in records if record not in good]
+        members = {name: records if measure is at_initialisation else good for name, measure in measures.items()}
         cells = [
             label,
             f"{records[0]['run']['lr']:g}",
-            spread([curve(record, "min_cosine")[0] for record in records]),
-            spread([confusion_until(record, target) for record in records]),
-            spread([curve(record, "min_cosine")[-1] for record in records]),
-            speed,
-            spread([final_loss(record) for record in records], 3),
-            spread([100 * record["accuracy"] for record in records], 1),
+            f"{len(good)} of {len(records)}",
+            *(
+                spread([measure(record) for record in members[name]], missing="not")
+                for name, measure in measures.items()
+            ),
+            *([spread([at_end(record) for record in bad])] if failures else []),
+            spread([epochs_to(record, target) for record in good], 1, missing="never"),
+            spread([final_loss(record) for record in good], 3),
+            spread([100 * record["accuracy"] for record in good], 1),
         ]
         lines.append(cells)
-    head = [
-        *("network", "learning rate", "min cosine at initialisation", f"mean min cosine until loss {target:g}"),
-        "min cosine at the end",
+    head = ["network", "learning rate", "runs that train", *measures]
+    head[3] = f"min cosine {head[3]}"
+    head += [
+        *(["at the end, runs that fail"] if failures else []),
         *(f"epochs to loss {target:g}", "final training loss", "test accuracy, %"),
     ]
     return markdown(head, lines)
 
 
 def spread(values: Sequence[float], digits: int = 2, missing: str = "diverged") -> str:
-    """Mean ± standard deviation of the finite ones, and how many are ``missing``."""
+    """Return mean ± standard deviation of the finite ones, and how many are ``missing``."""
+    if not values:
+        return "-"
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return missing

@@ -1,4 +1,4 @@
-"""Study (f): what the theorems say, on random data: the noise floor of SGD, and cosines that concentrate at 0.
+"""Study (g): what the theorems say, on random data: the noise floor of SGD, and cosines that concentrate at 0.
 
 Nothing is trained on the data of the protocol here, so `finish` has nothing to do.
 """
@@ -33,7 +33,7 @@ SIZES = {
 
 
 def study(protocol: Protocol, finish: Finish, folder: Path) -> str:
-    """Two tables in Markdown; writes ``regression.png`` and ``concentration.png``."""
+    """Return two tables in Markdown; writes ``regression.png`` and ``concentration.png``."""
     return "\n\n".join([regression(protocol, folder), concentration(protocol, folder)])
 
 

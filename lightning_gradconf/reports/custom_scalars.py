@@ -22,14 +22,14 @@ def charts(prefix: str) -> Layout:
     to stand there, so there is none. Losses and accuracies are found by their names, one of ``_step`` and ``_epoch``
     twins, and whenever they are logged first.
 
-    >>> charts("confusion")["confusion"]["with loss and accuracy"][1]
+    >>> charts("confusion")["confusion"]["min_cosine, loss, accuracy: see Matches"][1]
     ['confusion/([^/]+/)?min_cosine$', '(?!confusion/|.*_epoch$).*[lL]oss', '(?!confusion/|.*_epoch$).*[aA]cc']
     """
     ours = f"{re.escape(prefix)}/"
     named = [f"(?!{ours}|.*_epoch$).*{part}" for part in ("[lL]oss", "[aA]cc")]
     return {
         prefix: {
-            "with loss and accuracy": ["Multiline", [f"{ours}([^/]+/)?min_cosine$", *named]],
+            "min_cosine, loss, accuracy: see Matches": ["Multiline", [f"{ours}([^/]+/)?min_cosine$", *named]],
             "cosines, 5 % to 95 %": ["Margin", [f"{prefix}/cosines/{name}" for name in _BAND]],
         }
     }

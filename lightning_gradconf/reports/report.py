@@ -139,7 +139,8 @@ class Report:
         cosines = cosine_matrix(measured.gram)
         rows, columns = torch.triu_indices(len(cosines), len(cosines), offset=1)
         found = cosines[rows, columns]
-        order = [i for i in found.argsort().tolist() if not found[i].isnan()][: self.top_pairs]
+        # NaN sorts last; as many as are wanted and are none.
+        order = found.argsort()[: min(self.top_pairs, int((~found.isnan()).sum()))].tolist()
         labels, origins = measured.labels, measured.origins
         return [
             Pair(

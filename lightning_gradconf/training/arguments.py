@@ -187,7 +187,7 @@ def depth(per_layer: Any) -> bool | int:
 def with_matplotlib(figures: Any) -> bool:
     """Return ``figures``, which needs matplotlib."""
     if flag(figures=figures) and find_spec("matplotlib") is None:
-        raise ValueError('figures=True needs matplotlib: pip install "lightning_gradconf[plots]"')
+        raise ValueError("figures=True needs matplotlib: pip install matplotlib scipy")
     return bool(figures)
 
 
