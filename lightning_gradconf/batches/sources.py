@@ -122,15 +122,17 @@ class Source:
         return [list(unit.origin.samples) for unit in self._fixed]
 
     def reads(self, feed: Feed) -> Any:
-        """Return the loaders whose items `units` reads, and those of the training, which its step can reach."""
-        return [self._kind, feed.loaders] if isinstance(self._kind, DataLoader) else feed.loaders
+        """Return the loaders whose items `units` reads, none where it has the batches in training."""
+        if self._cuts_current:
+            return []
+        return self._kind if isinstance(self._kind, DataLoader) else feed.loaders
 
     def pads(self, feed: Feed, step: int) -> bool:
         """Return whether the last units that were cut out of a batch have other shapes than units collated alone."""
         if not self._shapes or not self._can_collate(feed):
             return False
         try:
-            with feed.isolated(self.reads(feed)):
+            with feed.isolated(self._kind if isinstance(self._kind, DataLoader) else feed.loaders):
                 return any(_shapes(unit) != self._shapes for unit in self._collated(feed, self._num_units, step))
         except Exception:  # of the user's dataset
             return False

@@ -235,7 +235,7 @@ class _Memory:
 
     def remember_source(self, value: Any) -> None:
         """Keep how to put back a dataset, of whatever class: a plain list is one too."""
-        if hasattr(value, "__dict__"):
+        if hasattr(value, "__dict__") and id(value) not in self.seen:
             self.remember_attributes(value)
         else:
             self.remember_data(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from lightning_gradconf.batches.loaders import Feed, changes
+from lightning_gradconf.batches.loaders import Feed, changes, loaders_in
 from lightning_gradconf.training.training_step import no_trace
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ def feed_of(trainer: Trainer, module: LightningModule) -> Feed:
 
     def isolated(loaders: Any) -> AbstractContextManager[None]:
         containers, data = changes(loaders)
-        return no_trace(trainer, module, *containers, data=data)
+        # The training step can reach its datasets, whatever is read here.
+        reached = [getattr(loader, "dataset", None) for loader in loaders_in(trainer.train_dataloader).values()]
+        return no_trace(trainer, module, *containers, data=[*data, *reached])
 
     return Feed(
         loaders=trainer.train_dataloader,
