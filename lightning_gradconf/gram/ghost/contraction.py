@@ -13,6 +13,7 @@ from torch import Tensor
 # Elements of scratch memory that a block may take: small enough to stay in the last level of a cache.
 BLOCK = 1 << 20
 _NEAR = 4  # times as many operations may still be faster
+_ALIKE = 1.2  # times as long makes no difference worth a second try
 _NEW = 5e-3  # seconds that new memory and kernels may cost on a CPU
 
 # A way to compute a Gram, which pauses after each of its parts and yields the share of the work that is done.
@@ -78,7 +79,7 @@ def cheapest(workspace: Workspace, key: Hashable, forms: dict[str, tuple[float, 
             new[each] = seconds
         if seconds < best:
             best, name, form = seconds, each, begun
-    for each in [each for each, seconds in new.items() if each != name and seconds <= 2 * best + _NEW]:
+    for each in [each for each, seconds in new.items() if _ALIKE * best < seconds <= 2 * best + _NEW]:
         begun, seconds, _ = _timed(near[each]())
         if seconds < best:
             best, name, form = seconds, each, begun
