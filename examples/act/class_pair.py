@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from classes import class_cosines
-from common import Result, cnn, digits, panels, span, train
+from common import Result, cnn, digits, heatmaps, span, train
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -41,13 +41,4 @@ def run(fast: bool = False) -> Result:
             pictures.setdefault(name, cosines)
     table = [["training", "cosine of 3 and 8", "lowest of the other pairs", "accuracy on 3 and 8", "on the others"]]
     table += [[name, *map(span, zip(*values, strict=True))] for name, values in found.items()]
-    figure, axes = panels(list(pictures), height=2.7)
-    for panel, cosines in zip(axes, pictures.values(), strict=True):
-        image = panel.imshow(cosines, cmap="RdBu", vmin=-0.6, vmax=0.6)
-        panel.set(xticks=range(10), yticks=range(10))
-        panel.set_xlabel("class", fontsize=8)
-        panel.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, extend="both")
-    bar.set_label("mean cosine", fontsize=8)
-    bar.outline.set_visible(False)
-    return Result(table, figure)
+    return Result(table, heatmaps(pictures, limit=0.6))

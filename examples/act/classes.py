@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from common import Result, cnn, digits, panels, span, train
+from common import Result, cnn, digits, heatmaps, span, train
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
@@ -65,13 +65,4 @@ def run(fast: bool = False) -> Result:
     table = [["training", "rare class with the others", "other classes with each other"]]
     table[0] += ["recall of the rare class", "accuracy on the others"]
     table += [[name, *map(span, zip(*values, strict=True))] for name, values in found.items()]
-    figure, axes = panels(list(pictures), height=2.7)
-    for panel, cosines in zip(axes, pictures.values(), strict=True):
-        image = panel.imshow(cosines, cmap="RdBu", vmin=-0.4, vmax=0.4)
-        panel.set(xticks=range(10), yticks=range(10))
-        panel.set_xlabel("class", fontsize=8)
-        panel.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, extend="both")
-    bar.set_label("mean cosine", fontsize=8)
-    bar.outline.set_visible(False)
-    return Result(table, figure)
+    return Result(table, heatmaps(pictures, limit=0.4))

@@ -201,3 +201,17 @@ def draw(axes: Any, runs: dict[str, Run], name: str, *, smooth: int = 1) -> None
     axes.set_xlabel("step", fontsize=8)
     if "cosine" in name:
         axes.axhline(0, color="#d9d9d9", linewidth=0.8, zorder=0)
+
+
+def heatmaps(cosines: dict[str, Tensor], limit: float) -> Figure:
+    """Draw the mean cosine of each pair of classes, ``(10, 10)``, one panel a training, on one scale."""
+    figure, axes = panels(list(cosines), height=2.7)
+    for panel, matrix in zip(axes, cosines.values(), strict=True):
+        image = panel.imshow(matrix, cmap="RdBu", vmin=-limit, vmax=limit)
+        panel.set(xticks=range(10), yticks=range(10))
+        panel.set_xlabel("class", fontsize=8)
+        panel.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, extend="both")
+    bar.set_label("mean cosine", fontsize=8)
+    bar.outline.set_visible(False)
+    return figure
