@@ -12,6 +12,7 @@ from torch.autograd.graph import Node
 from lightning_gradconf.batches.units import copy_of
 from lightning_gradconf.gram.module_state import rewinder
 from lightning_gradconf.gram.objective import Objective, as_rows, empty_rows, run_backward
+from lightning_gradconf.gram.restoring import restore_tensor
 
 
 def unit_gradients(objective: Objective, units: Sequence[Any]) -> dict[str, Tensor]:
@@ -20,27 +21,52 @@ def unit_gradients(objective: Objective, units: Sequence[Any]) -> dict[str, Tens
 
 
 def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
-    """Return `unit_gradients` as a function of the units alone, for calls that share the copies of the module."""
+    """Return `unit_gradients` as a function of the units alone, for calls that share the copies of the module.
+
+    Some modules do not take copies of their tensors: scripted ones, and those that look a parameter up by what it is.
+    They run on their own tensors, which get their values back after each unit.
+    """
     state = objective.copies()
     versions = {name: t._version for name, t in state.items()}
-    leaves = {name: state[name] for name in objective.parameters}
     rewind = rewinder(objective.module)
+    takes_copies = True
+
+    def gradient(unit: Any) -> dict[str, Tensor | None]:
+        leaves = {name: state[name] for name in objective.parameters} if takes_copies else {}
+        try:
+            swapped = state if takes_copies else {}
+            return objective.at(swapped, copy_of(unit), lambda loss: _differentiate(objective, loss, leaves))
+        finally:
+            rewind()
+            if takes_copies:
+                _refresh(objective, state, versions)
+            else:
+                _put_back(objective, state)
 
     def gradients(units: Sequence[Any]) -> dict[str, Tensor]:
+        nonlocal takes_copies
         rows: dict[str, Tensor] = {}
         for i, unit in enumerate(units):
-            found = objective.at(state, copy_of(unit), lambda loss: _differentiate(objective, loss, leaves))
-            rewind()
-            _refresh(objective, state, versions)
-            for name, leaf in leaves.items():
-                gradient = found.pop(name)
-                if len(units) == 1 and gradient is not None:  # it is a row already
-                    rows[name] = as_rows(gradient, 1)
+            try:
+                found = gradient(unit)
+            except Exception as error:
+                if not takes_copies:
+                    raise
+                takes_copies = False
+                try:
+                    found = gradient(unit)
+                except Exception:
+                    takes_copies = True
+                    raise error from None
+            for name, p in objective.parameters.items():
+                row = found.pop(name)
+                if len(units) == 1 and row is not None:  # it is a row already
+                    rows[name] = as_rows(row, 1)
                     continue
                 if i == 0:
-                    rows[name] = empty_rows(leaf, len(units))
-                if gradient is not None:
-                    rows[name][i] = as_rows(gradient, 1)[0]
+                    rows[name] = empty_rows(p, len(units))
+                if row is not None:
+                    rows[name][i] = as_rows(row, 1)[0]
         return rows
 
     return gradients
@@ -61,7 +87,7 @@ def _differentiate(objective: Objective, loss: Tensor, leaves: dict[str, Tensor]
     gradients = run_backward(loss, (*live.values(), *own.values()), keep_graph=True)
     found = dict(zip(live, gradients[: len(live)], strict=True))
     more = dict(zip(own, gradients[len(live) :], strict=True))
-    return {name: _sum(found.get(name), more.get(name)) for name in leaves}
+    return {name: _sum(found.get(name), more.get(name)) for name in objective.parameters}
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -93,7 +119,8 @@ def _differentiate_everything(
         p.grad = None
     try:
         run_backward(loss, (), keep_graph=True)
-        return {name: _sum(leaf.grad, objective.parameters[name].grad) for name, leaf in leaves.items()}
+        found = {name: leaf.grad for name, leaf in leaves.items()}
+        return {name: _sum(found.get(name), p.grad) for name, p in objective.parameters.items()}
     finally:
         for p, gradient in zip(own, held, strict=True):
             p.grad = gradient
@@ -111,3 +138,9 @@ def _refresh(objective: Objective, state: dict[str, Tensor], versions: dict[str,
             versions[name] = copy._version
         if not copy.requires_grad and name in objective.parameters:
             copy.requires_grad_()  # user's code may have frozen it
+
+
+def _put_back(objective: Objective, saved: dict[str, Tensor]) -> None:
+    """Undo what a unit's pass wrote into the module's own tensors."""
+    for name, original in (*objective.parameters.items(), *objective.constants.items()):
+        restore_tensor(original, saved[name].detach())

@@ -271,6 +271,8 @@ class _Memory:
 
     def _remember_module(self, module: nn.Module, path: str) -> None:
         """Keep how to put a module back; layers of torch.nn write to nothing but their buffers."""
+        if isinstance(module, torch.jit.ScriptModule):  # what it keeps is beyond the reach of Python
+            return
         attributes = vars(module)
         self.seen[id(attributes)] = attributes
         watched = self.values if type(module).__module__.startswith("torch.nn.") else self.containers

@@ -7,7 +7,7 @@ statistics of BatchNorm need no thought. Below vmap, PyTorch records an ordinary
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from lightning_gradconf.gram.ghost.unit_mode import UnitMode
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.module_state import without_warnings
 from lightning_gradconf.gram.objective import Objective
+from lightning_gradconf.gram.replayed_draws import Recorder
 
 # What vmap says of a tensor that all units share, when one of them writes its own values into it.
 _WRITES = ("in-place", "inplace", "match the broadcast shape")
@@ -37,11 +38,13 @@ class Forward:
         losses: Of each unit, ``(n,)``, with a graph.
         reads: What Python read on the way, the same for all these units.
         nodes: Of the graph, whether the result of a node has units, where that is known.
+        numbers: The random numbers of the unit that was recorded; None if none was.
     """
 
     losses: Tensor
     reads: tuple[Hashable, ...]
     nodes: Mapping[Node, bool]
+    numbers: list[Tensor | None] | None
 
 
 @dataclass
@@ -73,6 +76,7 @@ def forward(
     units: Sequence[Any],
     mode: MeasurementMode,
     writes: SharedWrites,
+    recorded: int | None,
 ) -> Forward:
     """Return the losses of ``units`` at ``leaves``.
 
@@ -82,6 +86,7 @@ def forward(
         units: Batches of one shape and structure.
         mode: How BatchNorm and dropout behave.
         writes: What each unit needs for itself; more is found out and added.
+        recorded: The unit whose random numbers are recorded, if one is.
 
     Raises:
         UnitsDiffer: Python reads different values of different units.
@@ -90,7 +95,7 @@ def forward(
     check_available()
     while True:
         try:
-            return _forward(objective, leaves, units, mode, writes)
+            return _forward(objective, leaves, units, mode, writes, recorded)
         except RuntimeError as error:
             if not any(words in str(error) for words in _WRITES) or not writes.widen():
                 raise
@@ -102,6 +107,7 @@ def _forward(
     units: Sequence[Any],
     mode: MeasurementMode,
     writes: SharedWrites,
+    recorded: int | None,
 ) -> Forward:
     n = len(units)
     unit_mode = UnitMode(
@@ -119,11 +125,13 @@ def _forward(
         return objective.at({**leaves, **constants}, unit, lambda loss: loss)
 
     quiet: AbstractContextManager[None] = without_warnings("There is a performance drop because")
+    recorder = None if recorded is None else Recorder(recorded, n, objective.device)
     try:
-        with vmappable(n), quiet, unit_mode:
+        with vmappable(n), quiet, recorder or nullcontext(), unit_mode:
             losses = vmap(loss, randomness="different")(*tensors)
     finally:
         if unit_mode.differ is not None:  # also where the user's code has caught it, or made another error of it
             raise unit_mode.differ
+    numbers = None if recorder is None else recorder.checked()
     with torch._C.DisableTorchFunction():
-        return Forward(losses, tuple(unit_mode.reads), unit_mode.nodes)
+        return Forward(losses, tuple(unit_mode.reads), unit_mode.nodes, numbers)

@@ -28,6 +28,7 @@ MODULE_HOOK = "backward hook"
 ALONE = "a unit by itself has another gradient"
 BY_PARAMETERS = "the loss differentiates with respect to parameters itself"
 WAYS = "more than 4 different ways"
+SEED = "sets the seed of its random numbers"
 
 EXCEPTIONS = {
     "float_stored": NotGhost("loop", WAYS, unit_sizes=(1,)),
@@ -47,9 +48,15 @@ EXCEPTIONS = {
     "hook_on_a_tensor": NotGhost("vmap", HOOK),
     "hook_that_comes_later": NotGhost("vmap", HOOK, since=2),
     "hook_that_normalises": NotGhost("vmap", HOOK),
+    "generator_made_in_the_loss": NotGhost("loop", ALONE),
     "names_that_are_read": NotGhost("loop", WAYS, unit_sizes=(1,)),
     "more_ways_than_passes": NotGhost("loop", WAYS, unit_sizes=(1,)),
     "norm_of_the_gradient_of_parameters": NotGhost("vmap", BY_PARAMETERS),
+    "parameters_as_keys": NotGhost("loop", "KeyError|requires_grad=True"),
+    "seed_set_between_two_draws": NotGhost("loop", SEED),
+    "seed_set_in_a_fork": NotGhost("loop", SEED),
+    "seed_set_in_the_loss": NotGhost("loop", SEED),
+    "state_of_the_generator_set_in_the_loss": NotGhost("loop", SEED),
     "packed_sequences": NotGhost("loop", "stack expects each tensor to be equal size"),
     "retained_gradient": NotGhost("loop", "the loss calls retain_grad on a tensor"),
 }
@@ -145,7 +152,13 @@ VMAP_CANNOT = set(
         "recurrent_layer_with_time_first",
         "retained_gradient",
         "rnn_of_rectified_units",
+        "parameters_as_keys",
         "running_mean_of_python",
+        "seed_set_between_two_draws",
+        "seed_set_in_a_fork",
+        "seed_set_in_the_loss",
+        "state_of_the_generator_set_in_the_loss",
+        "generator_made_in_the_loss",
         "saved_tensors_packed",
         "score_matching",
         "sparse_embedding",
