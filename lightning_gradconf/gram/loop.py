@@ -23,41 +23,48 @@ def unit_gradients(objective: Objective, units: Sequence[Any]) -> dict[str, Tens
 def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
     """Return `unit_gradients` as a function of the units alone, for calls that share the copies of the module.
 
-    Some modules do not take copies of their tensors: scripted ones, and those that look a parameter up by what it is.
-    They run on their own tensors, which get their values back after each unit.
+    Some modules do not take copies of their tensors, such as one that looks up a rate by the parameter itself. They run
+    on their own, which have their values back after each unit.
     """
     state = objective.copies()
     versions = {name: t._version for name, t in state.items()}
+    leaves = {name: state[name] for name in objective.parameters}
     rewind = rewinder(objective.module)
     takes_copies = True
 
-    def gradient(unit: Any) -> dict[str, Tensor | None]:
-        leaves = {name: state[name] for name in objective.parameters} if takes_copies else {}
+    def on_copies(unit: Any) -> dict[str, Tensor | None]:
         try:
-            swapped = state if takes_copies else {}
-            return objective.at(swapped, copy_of(unit), lambda loss: _differentiate(objective, loss, leaves))
+            return objective.at(state, copy_of(unit), lambda loss: _differentiate(objective, loss, leaves))
         finally:
             rewind()
-            if takes_copies:
-                _refresh(objective, state, versions)
-            else:
-                _put_back(objective, state)
+            _refresh(objective, state, versions)
+
+    def on_its_own(unit: Any) -> dict[str, Tensor | None]:
+        try:
+            return objective.at({}, copy_of(unit), lambda loss: _differentiate(objective, loss, {}))
+        finally:
+            rewind()
+            for name, tensor in (*objective.parameters.items(), *objective.constants.items()):
+                restore_tensor(tensor, state[name].detach())
+
+    def gradient(unit: Any) -> dict[str, Tensor | None]:
+        nonlocal takes_copies
+        if not takes_copies:
+            return on_its_own(unit)
+        try:
+            return on_copies(unit)
+        except Exception as error:
+            try:
+                found = on_its_own(unit)
+            except Exception:
+                raise error from None  # the user's own, which has nothing to do with copies
+            takes_copies = False
+            return found
 
     def gradients(units: Sequence[Any]) -> dict[str, Tensor]:
-        nonlocal takes_copies
         rows: dict[str, Tensor] = {}
         for i, unit in enumerate(units):
-            try:
-                found = gradient(unit)
-            except Exception as error:
-                if not takes_copies:
-                    raise
-                takes_copies = False
-                try:
-                    found = gradient(unit)
-                except Exception:
-                    takes_copies = True
-                    raise error from None
+            found = gradient(unit)
             for name, p in objective.parameters.items():
                 row = found.pop(name)
                 if len(units) == 1 and row is not None:  # it is a row already
@@ -138,9 +145,3 @@ def _refresh(objective: Objective, state: dict[str, Tensor], versions: dict[str,
             versions[name] = copy._version
         if not copy.requires_grad and name in objective.parameters:
             copy.requires_grad_()  # user's code may have frozen it
-
-
-def _put_back(objective: Objective, saved: dict[str, Tensor]) -> None:
-    """Undo what a unit's pass wrote into the module's own tensors."""
-    for name, original in (*objective.parameters.items(), *objective.constants.items()):
-        restore_tensor(original, saved[name].detach())
