@@ -289,6 +289,17 @@ def attention_with_more_keys() -> Any:
 
 
 @case
+def attention_to_several_sets_of_keys() -> Any:
+    """Keys and values with a dimension more than the queries."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        keys = torch.stack([self.first(x), self.second(x)])
+        return F.scaled_dot_product_attention(x, keys, keys.tanh()).mean((0, 2))
+
+    return Model(forward, first=nn.Linear(4, 4), second=nn.Linear(4, 4)), cross_entropy, pairs(5, 4)
+
+
+@case
 def attention_from_other_inputs() -> Any:
     """Keys and values of other sizes than the queries."""
 
