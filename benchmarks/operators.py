@@ -1,10 +1,11 @@
-"""Every differentiable operation of PyTorch, with the arguments of its own tests: ghost against the loop.
+"""Every differentiable operation and layer of PyTorch, with the arguments of its own tests: ghost against the loop.
 
-    python benchmarks/operators.py [--operators roll gather] [--arguments 3] [--engine ghost]
+    python benchmarks/operators.py [--names roll nn.LSTM] [--arguments 3] [--engine ghost]
 
 Needs the package expecttest, which the tables of PyTorch's tests import. A sample goes through a scale and a shift that
-are parameters, then through the operation; or it goes into the operation beside an argument that is a parameter. Each
-model is measured three times with changing data, and must have the Gram of the loop or be refused.
+are parameters, then through the operation or layer, in both modes; or it goes into an operation beside an argument that
+is a parameter. Each model is measured three times with changing data, in units of one and of two samples, and must have
+the Gram of the loop or be refused.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import argparse
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_gradconf import gradient_gram
 
-SAMPLES, MEASUREMENTS = 4, 3
+SAMPLES, UNIT_SIZES, MEASUREMENTS = 6, (1, 2), 3
 MOST_ELEMENTS = 5000
 WRONG = 1e-6  # of the product of two norms, in float64
 
@@ -31,7 +33,7 @@ class Applied(nn.Module):
     """The sum of what an operation makes of each sample.
 
     Args:
-        operation: Takes an input and more arguments.
+        operation: A function or a layer that takes an input and more arguments.
         args: The other arguments.
         kwargs: Those by name.
         shape: Of a sample.
@@ -62,13 +64,39 @@ class Applied(nn.Module):
         return total
 
 
-def models(operator: Any, arguments: int) -> Iterator[tuple[Applied, torch.Size, Tensor]]:
-    """Yield models of an operator, with some of the arguments of its tests, and an input of each."""
-    samples = [s for s in operator.sample_inputs("cpu", torch.float64, requires_grad=False) if _is_usable(s.input)]
-    for sample in samples[:: max(1, len(samples) // arguments)][:arguments]:
-        x, args, kwargs = (tree_map(_constant, part) for part in (sample.input, sample.args, sample.kwargs))
-        for learned in (None, *(i for i, arg in enumerate(args) if _is_usable(arg))):
-            yield Applied(operator.op, args, kwargs, x.shape, learned), x.shape, x
+def of_operations(names: Sequence[str], arguments: int) -> Iterator[tuple[str, Applied, Tensor]]:
+    """Yield models of operations, with some of the arguments of their tests, and an input of each."""
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    for operator in op_db:
+        has_gradient = operator.supports_autograd and torch.float64 in operator.supported_dtypes("cpu")
+        if not has_gradient or not _is_wanted(operator.name, names):
+            continue
+        samples = [s for s in operator.sample_inputs("cpu", torch.float64, requires_grad=False) if _is_usable(s.input)]
+        for sample in samples[:: max(1, len(samples) // arguments)][:arguments]:
+            x, args, kwargs = (tree_map(_constant, part) for part in (sample.input, sample.args, sample.kwargs))
+            for learned in (None, *(i for i, arg in enumerate(args) if _is_usable(arg))):
+                yield operator.name, Applied(operator.op, args, kwargs, x.shape, learned), x
+
+
+def of_layers(names: Sequence[str], arguments: int) -> Iterator[tuple[str, Applied, Tensor]]:
+    """Yield models of layers and losses in both modes, with some of the arguments of their tests, and an input."""
+    from torch.testing._internal.common_modules import module_db
+
+    how = {"device": "cpu", "dtype": torch.float64, "requires_grad": False}
+    for layer in module_db:
+        for training in (True, False) if _is_wanted(layer.name, names) else ():
+            for sample in layer.module_inputs_func(layer, training=training, **how)[: 2 * arguments]:
+                given = sample.forward_input
+                if given is not None and given.args and _is_usable(given.args[0]):
+                    built = layer.module_cls(*sample.constructor_input.args, **sample.constructor_input.kwargs)
+                    x, *args = tree_map(_constant, given.args)
+                    model = Applied(built.double().train(training), args, given.kwargs, x.shape, None)
+                    yield layer.name, model, x
+
+
+def _is_wanted(name: str, names: Sequence[str]) -> bool:
+    return not names or name in names
 
 
 def _is_usable(value: Any) -> bool:
@@ -80,57 +108,54 @@ def _constant(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def outcome(model: Applied, x: Tensor, engine: str) -> str:
+def outcome(model: Applied, x: Tensor, unit_size: int, engine: str) -> str:
     """Return what came of three measurements of a model."""
     for _ in range(MEASUREMENTS):
         batch = torch.stack([x * (1 + 0.02 * torch.rand(x.shape)) for _ in range(SAMPLES)])
-        want = gradient_gram(model, Applied.forward, batch, engine="loop")
+        of_units = partial(gradient_gram, model, Applied.forward, batch, unit_size=unit_size)
+        try:
+            want = of_units(engine="loop")
+        except Exception:  # no derivative, or no such input
+            return "not differentiable"
         total = sum(want.values(), torch.zeros(()))
         if not torch.isfinite(total).all():
             return "not finite"
         try:
-            got = gradient_gram(model, Applied.forward, batch, engine=engine)  # type: ignore[arg-type]
+            got = of_units(engine=engine)  # type: ignore[arg-type]
         except Exception as error:
             return f"refused: {(str(error).strip() or type(error).__name__).splitlines()[0]:.100}"
         norms = total.diagonal().clamp_min(1e-24).sqrt()
         off = max(float(((got[name] - want[name]).abs() / norms.outer(norms)).max()) for name in want)
         if off > WRONG:
-            return f"WRONG by {off:.1e}"
+            return f"WRONG: by {off:.1e}"
     return "right"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--operators", nargs="+", help="by name; all by default")
+    parser.add_argument("--names", nargs="+", default=[], help="of operations and layers; all by default")
     parser.add_argument("--arguments", type=int, default=3, help="sets of arguments for each operation")
     parser.add_argument("--engine", default="ghost")
     options = parser.parse_args()
-    from torch.testing._internal.common_methods_invocations import op_db
-
     warnings.simplefilter("ignore")
     logging.getLogger("lightning_gradconf").setLevel(logging.ERROR)
     torch.set_default_dtype(torch.float64)
-    found: Counter[str] = Counter()
-    operators = set()
-    for operator in op_db:
-        if options.operators and operator.name not in options.operators:
-            continue
-        if not operator.supports_autograd or torch.float64 not in operator.supported_dtypes("cpu"):
-            continue
-        torch.manual_seed(0)
-        for model, shape, x in models(operator, options.arguments):
+    torch.manual_seed(0)
+    for kind, models in (("operations", of_operations), ("layers", of_layers)):
+        found, names = Counter[str](), set[str]()
+        for name, model, x in models(options.names, options.arguments):
             try:
-                if not model(x[None]).requires_grad:
-                    continue
-                came = outcome(model, x, options.engine)
-            except Exception:  # a sample that its own test has a use for alone
+                differentiable = model(x[None]).requires_grad
+            except Exception:  # a sample that only its own test has a use for
                 continue
-            operators.add(operator.name)
-            found[came.partition(":")[0].partition(" ")[0]] += 1
-            if came not in ("right", "not finite"):
-                of = "its input" if model.learned is None else f"argument {model.learned}"
-                print(f"{operator.name} {operator.variant_test_name}, {tuple(shape)}, {of}: {came}", flush=True)
-    print(f"{len(operators)} operations, {found.total()} models: {dict(found)}")
+            for unit_size in UNIT_SIZES if differentiable else ():
+                came = outcome(model, x, unit_size, options.engine)
+                names.add(name)
+                found[came.partition(":")[0]] += 1
+                if came.startswith(("WRONG", "refused")):
+                    of = "its input" if model.learned is None else f"argument {model.learned}"
+                    print(f"{name} of {tuple(x.shape)}, {of}, units of {unit_size}: {came}", flush=True)
+        print(f"{len(names)} {kind}, {found.total()} models: {dict(found)}", flush=True)
 
 
 if __name__ == "__main__":
