@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ import torch.utils.checkpoint as checkpoints
 from torch.autograd import Function
 
 from lightning_gradconf.gram.ghost.functorch import batched, below_vmap, in_front, is_batched
+
+# What runs around a checkpoint without reentry, by the name that a release of torch has for it.
+_GENERATORS = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
 
 
 @contextmanager
@@ -24,27 +28,28 @@ def vmappable(n: int) -> Iterator[None]:
     A checkpoint would compute its activations again in the backward pass, after vmap has ended.
     """
     thread, apply = threading.get_ident(), Function.__dict__["apply"]
-    generator = checkpoints._checkpoint_without_reentrant_generator
+    generators = {name: vars(checkpoints)[name] for name in _GENERATORS if name in vars(checkpoints)}
 
     def apply_by_unit(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        usual = apply.__get__(None, cls)
         if threading.get_ident() == thread:
             if cls is checkpoints.CheckpointFunction:
                 function, _, *inputs = args
                 return function(*inputs)
             if any(map(is_batched, args)) and not ("vmap" in vars(cls) or cls.generate_vmap_rule):
-                return _by_unit(n, lambda *one: apply.__func__(cls, *one, **kwargs), args)
-        return apply.__func__(cls, *args, **kwargs)
+                return _by_unit(n, lambda *one: usual(*one, **kwargs), args)
+        return usual(*args, **kwargs)
 
-    def nothing_around(*args: Any, **kwargs: Any) -> Any:
+    def nothing_around(generator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return _nothing() if threading.get_ident() == thread else generator(*args, **kwargs)
 
     Function.apply = classmethod(apply_by_unit)  # type: ignore[assignment, method-assign]
-    checkpoints._checkpoint_without_reentrant_generator = nothing_around
+    vars(checkpoints).update({name: partial(nothing_around, generator) for name, generator in generators.items()})
     try:
         yield
     finally:
         Function.apply = apply  # type: ignore[method-assign]
-        checkpoints._checkpoint_without_reentrant_generator = generator
+        vars(checkpoints).update(generators)
 
 
 def _nothing() -> Iterator[None]:

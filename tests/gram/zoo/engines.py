@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from gram.zoo.registry import ZOO
 
 
@@ -172,3 +173,5 @@ VMAP_CANNOT = set(
     ]
 )
 assert NOT_YET.keys() | VMAP_CANNOT <= ZOO.keys()
+if torch.__version__ >= (2, 15):  # which batches writing where a mask says so
+    VMAP_CANNOT -= {"boolean_mask_written", "function_of_torchmetrics"}
