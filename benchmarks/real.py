@@ -1,4 +1,4 @@
-"""Models as people train them: padding, BatchNorm, class weights, losses of their own, metrics in the step.
+"""Models as people train them, without dropout: padding, BatchNorm, class weights, losses of their own, metrics.
 
     python benchmarks/real.py [--models gpt2 t5] [--engine auto] [--rounds 7] [--peers torchjd opacus]
 
@@ -89,7 +89,8 @@ def bert_padded() -> Any:
     import transformers as t
 
     sizes = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
-    module = t.BertForSequenceClassification(t.BertConfig(vocab_size=1000, **sizes))
+    drop = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+    module = t.BertForSequenceClassification(t.BertConfig(vocab_size=1000, **sizes, **drop))
     batch = {"input_ids": ids(32, 64), "attention_mask": padding(32, 64), "labels": torch.randint(2, (32,))}
     return module, of_hugging_face, batch, of_labelled_samples
 
@@ -99,7 +100,7 @@ def t5_padded() -> Any:
     import transformers as t
 
     sizes = {"vocab_size": 1000, "d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_heads": 4}
-    module = t.T5ForConditionalGeneration(t.T5Config(**sizes, decoder_start_token_id=0))
+    module = t.T5ForConditionalGeneration(t.T5Config(**sizes, dropout_rate=0, decoder_start_token_id=0))
     y = ids(16, 32)
     y[::3, 20:] = -100
     batch = {"input_ids": ids(16, 64), "attention_mask": padding(16, 64), "labels": y}
