@@ -88,8 +88,13 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     ),
     "transforms of data": (
         ISOLATION,
-        "            for entry in value[:_MOST_TRANSFORMS]:",
+        "            for entry in islice(entries, _MOST_TRANSFORMS):",
         "            for entry in ():",
+    ),
+    "transforms of libraries": (
+        ISOLATION,
+        "isinstance(value, Dataset) or callable(value) or",
+        "isinstance(value, Dataset) or",
     ),
     "log is mute": (PROBE, 'vars(part)["log"] = ', ""),
     "print is mute": (PROBE, ' = vars(part)["print"]', ""),
