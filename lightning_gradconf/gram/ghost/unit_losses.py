@@ -27,7 +27,7 @@ from lightning_gradconf.gram.objective import Objective
 from lightning_gradconf.gram.replayed_draws import Recorder
 
 # What vmap says of a tensor that all units share, when one of them writes its own values into it.
-_WRITES = ("in-place", "inplace", "match the broadcast shape")
+_WRITES = ("more elements than `self`", "inplace", "in-place", "match the broadcast shape")
 
 
 @dataclass

@@ -260,6 +260,55 @@ def written_into_a_constant() -> Any:
 
 
 @case
+def one_hot_by_scatter() -> Any:
+    """Zeros that a class is scattered into, as losses of segmentation do."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        probabilities = module(batch[0]).softmax(1)
+        one_hot = torch.zeros(probabilities.shape, dtype=probabilities.dtype)
+        one_hot = one_hot.scatter_(1, batch[1][:, None], value=1)
+        return 1 - (2 * (probabilities * one_hot).sum(0) / (probabilities + one_hot).sum(0)).mean()
+
+    return two_layers(), loss, pairs(4)
+
+
+@case
+def written_by_other_operations_in_place() -> Any:
+    """Operations that write units into zeros, each of which vmap refuses in words of its own."""
+
+    def loss(module: Any, x: Tensor) -> Tensor:
+        h = module(x)
+        zeros = lambda: torch.zeros(h.shape, dtype=h.dtype)  # noqa: E731
+        first = torch.zeros(len(h), dtype=torch.long)
+        written = (
+            zeros().copy_(h),
+            zeros().lerp_(h, 0.5),
+            zeros().index_add_(1, h.detach().argmax(1)[:1], h[:, :1]),
+            zeros().index_put_((torch.arange(len(h)), first), h[:, 0]),
+            zeros().addcmul_(h, h).clamp_(min=h.detach()),
+        )
+        return sum((1 + h * part).square().mean() for part in written)  # type: ignore[return-value]
+
+    return two_layers(), loss, inputs(4)
+
+
+@case
+def codebook_by_moving_average() -> Any:
+    """As in VQ-VAE: codes in a buffer move to what is assigned to them, by lerp_."""
+
+    def loss(module: Any, x: Tensor) -> Tensor:
+        z = module(x)
+        codes = module.codes.clone()
+        one_hot = F.one_hot(torch.cdist(z.detach(), codes).argmin(1), len(codes)).to(z.dtype)
+        module.codes.lerp_(one_hot.T @ z.detach(), 0.1)
+        return F.mse_loss(z, one_hot @ codes) + (z @ module.codes.T).square().mean()
+
+    model = Model(lambda self, x: self.layer(x), layer=nn.Linear(4, 3))
+    model.register_buffer("codes", torch.randn(5, 3))
+    return model, loss, inputs(4)
+
+
+@case
 def operations_in_place() -> Any:
     """Activations changed in place."""
 
