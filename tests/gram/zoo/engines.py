@@ -62,6 +62,9 @@ EXCEPTIONS = {
     "retained_gradient": NotGhost("loop", "the loss calls retain_grad on a tensor"),
 }
 
+if torch.__version__ >= (2, 15):  # where `apply` is written in C, and cannot be replaced where user code has kept it
+    EXCEPTIONS["custom_function_by_another_name"] = NotGhost("loop", "it must override the setup_context")
+
 assert EXCEPTIONS.keys() <= ZOO.keys()
 
 
@@ -107,6 +110,7 @@ VMAP_CANNOT = set(
         "counter_and_list_in_forward",
         "cross_entropy_of_probabilities",
         "custom_autograd_function",
+        "custom_function_by_another_name",
         "custom_function_with_a_parameter",
         "cut_by_a_loop",
         "cut_by_a_slice",
