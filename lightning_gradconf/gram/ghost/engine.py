@@ -116,6 +116,7 @@ def _measured(
         raise RuntimeError(findings.refused)
     findings.measurements += 1
     proves = findings.measurements & (findings.measurements - 1) == 0  # 1, 2, 4, 8, ...
+    findings.workspace.tries = not proves  # a proof takes long enough
     if proves:
         findings.generators = shared_draws.generators_of(objective.module)
     leaves = {name: findings.copy(name, p).requires_grad_() for name, p in objective.parameters.items()}
