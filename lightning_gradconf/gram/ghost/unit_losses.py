@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.func import vmap
 from lightning_gradconf.batches.units import stack
 from lightning_gradconf.gram.ghost.batch_reads import part_of_units
 from lightning_gradconf.gram.ghost.custom_functions import vmappable
-from lightning_gradconf.gram.ghost.functorch import batched, check_available
+from lightning_gradconf.gram.ghost.functorch import batched, check_available, is_batched
 from lightning_gradconf.gram.ghost.unit_mode import UnitMode
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.module_state import without_warnings
@@ -53,21 +53,33 @@ class SharedWrites:
 
     Attributes:
         factories: Those that it makes with ``torch.zeros`` and the like.
-        constants: Buffers, and parameters that are frozen.
+        constants: Names of buffers, and of parameters that are frozen.
     """
 
     factories: bool = False
-    constants: bool = False
+    constants: set[str] = field(default_factory=set)
 
-    def widen(self) -> bool:
-        """Take one more kind of tensors to be written to; False if there is no other."""
-        if not self.factories:
+    def widen(self, written: Tensor | None, constants: Mapping[str, Tensor]) -> bool:
+        """Take more tensors to be written to; False if there are no others.
+
+        Args:
+            written: What a call has failed to write to, None if that is not known.
+            constants: All that there are, by name.
+        """
+        found = {name for name, tensor in constants.items() if written is not None and _share(tensor, written)}
+        if not found and not self.factories:
             self.factories = True
-        elif not self.constants:
-            self.constants = True
-        else:
-            return False
-        return True
+            return True
+        more = (found or {*constants}) - self.constants
+        self.constants |= more
+        return bool(more)
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors lie in the same memory."""
+    if is_batched(a) or is_batched(b) or a.layout is not b.layout or a.layout is not torch.strided:
+        return False
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def forward(
@@ -93,12 +105,10 @@ def forward(
         Exception: Whatever vmap or the user's code raises.
     """
     check_available()
-    while True:
-        try:
-            return _forward(objective, leaves, units, mode, writes, recorded)
-        except RuntimeError as error:
-            if not any(words in str(error) for words in _WRITES) or not writes.widen():
-                raise
+    found = None
+    while found is None:
+        found = _forward(objective, leaves, units, mode, writes, recorded)
+    return found
 
 
 def _forward(
@@ -108,7 +118,8 @@ def _forward(
     mode: MeasurementMode,
     writes: SharedWrites,
     recorded: int | None,
-) -> Forward:
+) -> Forward | None:
+    """Return the same; None if a unit needs more for itself, which is in ``writes`` now."""
     n = len(units)
     unit_mode = UnitMode(
         n, batched_factories=writes.factories, running_statistics=mode.running_statistics, dropout=mode.dropout
@@ -116,11 +127,15 @@ def _forward(
     with torch._C.DisableTorchFunction():
         tensors, rebuild = stack(units, lambda parts, path: part_of_units(parts, path, unit_mode))
 
+    constants: dict[str, Tensor] = {}
+
     def loss(*rows: Tensor) -> Tensor:
         with torch._C.DisableTorchFunction():  # copies: user code may write to them
-            constants = {name: tensor.detach().clone() for name, tensor in objective.constants.items()}
-            if writes.constants:
-                constants = {name: batched(t.expand(n, *t.shape).clone()) for name, t in constants.items()}
+            for name, tensor in objective.constants.items():
+                own = name in writes.constants
+                constants[name] = (
+                    batched(tensor.detach().expand(n, *tensor.shape).clone()) if own else tensor.detach().clone()
+                )
             unit = rebuild([row.clone() for row in rows])
         return objective.at({**leaves, **constants}, unit, lambda loss: loss)
 
@@ -129,6 +144,11 @@ def _forward(
     try:
         with vmappable(n), quiet, recorder or nullcontext(), unit_mode:
             losses = vmap(loss, randomness="different")(*tensors)
+    except RuntimeError as error:
+        with torch._C.DisableTorchFunction():
+            if not any(words in str(error) for words in _WRITES) or not writes.widen(unit_mode.failed, constants):
+                raise
+        return None
     finally:
         if unit_mode.differ is not None:  # also where the user's code has caught it, or made another error of it
             raise unit_mode.differ

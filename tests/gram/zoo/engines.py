@@ -98,6 +98,8 @@ VMAP_CANNOT = set(
         "boolean_mask",
         "boolean_mask_written",
         "branch_on_the_class",
+        "center_set_by_data",
+        "queue_beside_a_moving_average",
         "checkpoint_with_reentry",
         "codebook_by_moving_average",
         "one_hot_by_scatter",

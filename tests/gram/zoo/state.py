@@ -194,6 +194,38 @@ def queue_of_negatives() -> Any:
 
 
 @case
+def queue_beside_a_moving_average() -> Any:
+    """As in MoCo: a queue that units are written into, and frozen parameters that follow the others, all at once."""
+
+    def loss(module: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            torch._foreach_mul_([*module.key.parameters()], 0.9)
+            torch._foreach_add_([*module.key.parameters()], [p.detach() for p in module.layer.parameters()], alpha=0.1)
+        z, key = F.normalize(module.layer(x), dim=1), module.key(x)
+        found = F.cross_entropy(z @ torch.cat([key, module.queue.clone()]).T, torch.arange(len(x)))
+        module.queue[: len(x)] = key
+        return found
+
+    model = Model(lambda self: None, layer=nn.Linear(4, 3), key=nn.Linear(4, 3).requires_grad_(False))
+    model.register_buffer("queue", torch.randn(6, 3))
+    return model, loss, inputs(4)
+
+
+@case
+def center_set_by_data() -> Any:
+    """As in DINO: a buffer gets new values through ``data``, and the batch is read through it."""
+
+    def loss(module: Any, x: Tensor) -> Tensor:
+        h = module(x.data)
+        module.center.data = 0.9 * module.center + 0.1 * h.detach().mean(0)
+        return (h - module.center).square().mean() + (h * x.data.mean(1, keepdim=True)).mean()
+
+    model = Model(lambda self, x: self.layer(x), layer=nn.Linear(4, 3))
+    model.register_buffer("center", torch.zeros(3))
+    return model, loss, inputs(4)
+
+
+@case
 def target_network_by_moving_average() -> Any:
     """As in BYOL: frozen parameters follow the others in the step."""
 
