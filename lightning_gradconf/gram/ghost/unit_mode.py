@@ -120,7 +120,8 @@ _RULES = {**READS, **batching_rules.RULES, **derivative_rules.RULES}
 
 
 def _any_batched(values: Any) -> bool:
-    return any(isinstance(value, Tensor) and is_batched(value) for value in values)
+    """Whether there is a batched tensor among arguments, or in one of them: the states of an LSTM are a tuple."""
+    return any(is_batched(value) or (type(value) is tuple and any(map(is_batched, value))) for value in values)
 
 
 @lru_cache(maxsize=1024)

@@ -26,6 +26,19 @@ from torch import Tensor, nn
 
 
 @case
+def decoder_that_only_gets_a_state() -> Any:
+    """An LSTM whose inputs are the same for all units, which meet it in its states, as in forecasting."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        _, state = self.encoder(x)
+        steps = torch.arange(3, dtype=x.dtype).view(1, 3, 1).expand(len(x), 3, 1)
+        return self.head(self.decoder(steps, state)[0]).mean(1)
+
+    layers = {"encoder": nn.LSTM(3, 4, batch_first=True), "decoder": nn.LSTM(1, 4, batch_first=True)}
+    return Model(forward, **layers, head=nn.Linear(4, 3)), cross_entropy, pairs(5, 3)
+
+
+@case
 def lstm() -> Any:
     """A recurrent layer, in float64 without a fused kernel."""
     model = Model(

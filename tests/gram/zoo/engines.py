@@ -120,6 +120,7 @@ VMAP_CANNOT = set(
         "cut_by_narrow",
         "data_dependent_branch",
         "decoder_that_attends_to_memory",
+        "decoder_that_only_gets_a_state",
         "everything_padded_or_nothing",
         "experts_chosen_by_the_data",
         "float_stored",
