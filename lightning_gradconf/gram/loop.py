@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
@@ -29,15 +30,22 @@ def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, 
     state = objective.copies()
     versions = {name: t._version for name, t in state.items()}
     leaves = {name: state[name] for name in objective.parameters}
+    # Native BatchNorm updates its buffers without counting a version, so buffers are always renewed.
+    renewed = {name for name, tensor in objective.constants.items() if not isinstance(tensor, nn.Parameter)}
+    compared = False
     rewind = rewinder(objective.module)
     takes_copies = True
 
     def on_copies(unit: Any) -> dict[str, Tensor | None]:
+        nonlocal compared
         try:
             return objective.at(state, copy_of(unit), lambda loss: _differentiate(objective, loss, leaves))
         finally:
             rewind()
-            _refresh(objective, state, versions)
+            if not compared:  # writing through `data` counts no version either
+                renewed.update(_changed(objective, state))
+                compared = True
+            _refresh(objective, state, versions, renewed)
 
     def on_its_own(unit: Any) -> dict[str, Tensor | None]:
         try:
@@ -135,12 +143,31 @@ def _differentiate_everything(
             leaf.grad = None
 
 
-def _refresh(objective: Objective, state: dict[str, Tensor], versions: dict[str, int]) -> None:
-    """Undo what a unit's pass wrote into the copies, so that every unit meets the same module."""
-    originals = {**objective.parameters, **objective.constants}
+def _originals(objective: Objective) -> dict[str, Tensor]:
+    return {**objective.parameters, **objective.constants}
+
+
+def _changed(objective: Objective, state: dict[str, Tensor]) -> list[str]:
+    """Return which of the copies have other values than the module."""
+    return [name for name, tensor in _originals(objective).items() if not _equal(state[name].detach(), tensor.detach())]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.layout is torch.strided and torch.equal(a, b)
+
+
+def _refresh(objective: Objective, state: dict[str, Tensor], versions: dict[str, int], renewed: set[str]) -> None:
+    """Undo what a unit's pass wrote into the copies, so that every unit meets the same module.
+
+    Args:
+        objective: What is differentiated.
+        state: The copies.
+        versions: Of each, before the pass.
+        renewed: Which may have changed without another version.
+    """
+    originals = _originals(objective)
     for name, copy in state.items():
-        # Native BatchNorm updates its buffers without counting a version, so buffers are always renewed.
-        if copy._version != versions[name] or not isinstance(originals[name], nn.Parameter):
+        if copy._version != versions[name] or name in renewed:
             copy.data.copy_(originals[name])
             versions[name] = copy._version
         if not copy.requires_grad and name in objective.parameters:

@@ -240,6 +240,21 @@ def target_network_by_moving_average() -> Any:
     return Model(lambda self: None, online=nn.Linear(4, 3), target=target), loss, inputs(4)
 
 
+@case
+def target_network_written_by_data() -> Any:
+    """The same through ``data``, which counts no version, as in most code for moving averages."""
+
+    def loss(module: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            module.target.weight.data = module.target.weight.data * 0.9 + module.online.weight.data * 0.1
+            module.target.bias.data.lerp_(module.online.bias.data, 0.1)
+            wanted = module.target(x)
+        return F.mse_loss(module.online(x.flip(1)), wanted)
+
+    target = nn.Linear(4, 3).requires_grad_(False)
+    return Model(lambda self: None, online=nn.Linear(4, 3), target=target), loss, inputs(4)
+
+
 def written(make: Any) -> Any:
     """Return a loss over a tensor that ``make(features)`` gives and features are written into."""
 
