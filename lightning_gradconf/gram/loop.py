@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,62 +18,32 @@ from lightning_gradconf.gram.restoring import restore_tensor
 
 def unit_gradients(objective: Objective, units: Sequence[Any]) -> dict[str, Tensor]:
     """Return the gradient of each unit's loss as ``{parameter name: (n, numel)}``."""
-    return differentiator(objective)(units)
+    return Differentiator(objective)(units)
 
 
-def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
-    """Return `unit_gradients` as a function of the units alone, for calls that share the copies of the module.
+class Differentiator:
+    """`unit_gradients` as a function of the units alone, for calls that share the copies of the module.
 
     Some modules do not take copies of their tensors, such as one that looks up a rate by the parameter itself. They run
     on their own, which have their values back after each unit.
     """
-    state = objective.copies()
-    versions = {name: t._version for name, t in state.items()}
-    leaves = {name: state[name] for name in objective.parameters}
-    # Native BatchNorm updates its buffers without counting a version, so buffers are always renewed.
-    renewed = {name for name, tensor in objective.constants.items() if not isinstance(tensor, nn.Parameter)}
-    compared = False
-    rewind = rewinder(objective.module)
-    takes_copies = True
 
-    def on_copies(unit: Any) -> dict[str, Tensor | None]:
-        nonlocal compared
-        try:
-            return objective.at(state, copy_of(unit), lambda loss: _differentiate(objective, loss, leaves))
-        finally:
-            rewind()
-            if not compared:  # writing through `data` counts no version either
-                renewed.update(_changed(objective, state))
-                compared = True
-            _refresh(objective, state, versions, renewed)
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+        self._originals = {**objective.parameters, **objective.constants}
+        self._copies = objective.copies()
+        self._versions = {name: copy._version for name, copy in self._copies.items()}
+        # Native BatchNorm updates its buffers without counting a version, so buffers are always renewed.
+        self._renewed = {name for name, tensor in objective.constants.items() if not isinstance(tensor, nn.Parameter)}
+        self._was_compared, self._takes_copies = False, True
+        self._rewind = rewinder(objective.module)
 
-    def on_its_own(unit: Any) -> dict[str, Tensor | None]:
-        try:
-            return objective.at({}, copy_of(unit), lambda loss: _differentiate(objective, loss, {}))
-        finally:
-            rewind()
-            for name, tensor in (*objective.parameters.items(), *objective.constants.items()):
-                restore_tensor(tensor, state[name].detach())
-
-    def gradient(unit: Any) -> dict[str, Tensor | None]:
-        nonlocal takes_copies
-        if not takes_copies:
-            return on_its_own(unit)
-        try:
-            return on_copies(unit)
-        except Exception as error:
-            try:
-                found = on_its_own(unit)
-            except Exception:
-                raise error from None  # the user's own, which has nothing to do with copies
-            takes_copies = False
-            return found
-
-    def gradients(units: Sequence[Any]) -> dict[str, Tensor]:
+    def __call__(self, units: Sequence[Any]) -> dict[str, Tensor]:
+        """Return the gradients of some units, ``{parameter name: (n, numel)}``."""
         rows: dict[str, Tensor] = {}
         for i, unit in enumerate(units):
-            found = gradient(unit)
-            for name, p in objective.parameters.items():
+            found = self._gradient(unit)
+            for name, p in self._objective.parameters.items():
                 row = found.pop(name)
                 if len(units) == 1 and row is not None:  # it is a row already
                     rows[name] = as_rows(row, 1)
@@ -84,7 +54,52 @@ def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, 
                     rows[name][i] = as_rows(row, 1)[0]
         return rows
 
-    return gradients
+    def _gradient(self, unit: Any) -> dict[str, Tensor | None]:
+        if not self._takes_copies:
+            return self._on_its_own(unit)
+        try:
+            return self._on_copies(unit)
+        except Exception as error:
+            try:
+                found = self._on_its_own(unit)
+            except Exception:
+                raise error from None  # the user's own, which has nothing to do with copies
+            self._takes_copies = False
+            return found
+
+    def _on_copies(self, unit: Any) -> dict[str, Tensor | None]:
+        leaves = {name: self._copies[name] for name in self._objective.parameters}
+        try:
+            return self._objective.at(
+                self._copies, copy_of(unit), lambda loss: _differentiate(self._objective, loss, leaves)
+            )
+        finally:
+            self._rewind()
+            self._renew_copies()
+
+    def _on_its_own(self, unit: Any) -> dict[str, Tensor | None]:
+        try:
+            return self._objective.at({}, copy_of(unit), lambda loss: _differentiate(self._objective, loss, {}))
+        finally:
+            self._rewind()
+            for name, tensor in self._originals.items():
+                restore_tensor(tensor, self._copies[name].detach())
+
+    def _renew_copies(self) -> None:
+        """Undo what a unit's pass wrote into the copies, so that every unit meets the same module."""
+        if not self._was_compared:  # writing through `data` counts no version either
+            self._renewed |= {name for name, copy in self._copies.items() if not _equal(copy, self._originals[name])}
+            self._was_compared = True
+        for name, copy in self._copies.items():
+            if copy._version != self._versions[name] or name in self._renewed:
+                copy.data.copy_(self._originals[name])
+                self._versions[name] = copy._version
+            if not copy.requires_grad and name in self._objective.parameters:
+                copy.requires_grad_()  # user's code may have frozen it
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.layout is torch.strided and torch.equal(a.detach(), b.detach())
 
 
 def _differentiate(objective: Objective, loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
@@ -141,34 +156,3 @@ def _differentiate_everything(
             p.grad = gradient
         for leaf in leaves.values():
             leaf.grad = None
-
-
-def _originals(objective: Objective) -> dict[str, Tensor]:
-    return {**objective.parameters, **objective.constants}
-
-
-def _changed(objective: Objective, state: dict[str, Tensor]) -> list[str]:
-    """Return which of the copies have other values than the module."""
-    return [name for name, tensor in _originals(objective).items() if not _equal(state[name].detach(), tensor.detach())]
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.layout is torch.strided and torch.equal(a, b)
-
-
-def _refresh(objective: Objective, state: dict[str, Tensor], versions: dict[str, int], renewed: set[str]) -> None:
-    """Undo what a unit's pass wrote into the copies, so that every unit meets the same module.
-
-    Args:
-        objective: What is differentiated.
-        state: The copies.
-        versions: Of each, before the pass.
-        renewed: Which may have changed without another version.
-    """
-    originals = _originals(objective)
-    for name, copy in state.items():
-        if copy._version != versions[name] or name in renewed:
-            copy.data.copy_(originals[name])
-            versions[name] = copy._version
-        if not copy.requires_grad and name in objective.parameters:
-            copy.requires_grad_()  # user's code may have frozen it

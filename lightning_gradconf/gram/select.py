@@ -194,7 +194,7 @@ class _Call:
             return self._by_factors()
         if engine == "vmap":
             return self._by_gradients(vmap.differentiator, self.together if self.together < len(self.units) else None)
-        return self._by_gradients(loop.differentiator, 1)
+        return self._by_gradients(loop.Differentiator, 1)
 
     def _by_factors(self) -> dict[str, Tensor]:
         how = (self.objective, self.units, self.mode, self.findings, self.budget)
