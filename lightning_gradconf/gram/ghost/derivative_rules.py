@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def _requires_grad_(mode: UnitMode, function: Callable[..., Any], tensor: Tensor, requires_grad: bool = True) -> Tensor:
-    inner = behind(tensor)
+    if not is_batched(tensor) and not requires_grad:
+        return function(tensor, requires_grad)  # type: ignore[no-any-return]  # of a parameter: vmap refuses
+    inner = behind(tensor) if is_batched(tensor) else tensor
     if not inner.is_leaf:
         raise NotImplementedError("requires_grad is set on the result of an operation")
     with below_vmap():  # there it is a leaf, and there autograd records
@@ -93,15 +95,15 @@ def _refused(mode: UnitMode, function: Callable[..., Any], *args: Any, **kwargs:
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.data.__get__: _data,  # type: ignore[attr-defined]
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
-    Tensor.requires_grad_: _requires_grad_,
     Tensor.requires_grad.__set__: _requires_grad_,  # type: ignore[attr-defined]
     **{getattr(Tensor, name).__get__: _of_autograd for name in ("requires_grad", "grad_fn", "is_leaf")},
     **dict.fromkeys(
         (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.backward, Tensor.retain_grad), _refused
     ),
 }
-# Their tensors may lie in lists.
+# Their tensors may lie in lists, or be no batched ones.
 RULES_FOR_LISTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    Tensor.requires_grad_: _requires_grad_,
     torch.autograd.grad: _gradient,
     torch.autograd.backward: _refused,
 }

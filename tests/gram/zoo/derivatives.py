@@ -63,6 +63,17 @@ def custom_autograd_function() -> Any:
     return Model(lambda self, x: Cube.apply(self.layer(x)), layer=nn.Linear(4, 3)), mean_square, inputs(4)
 
 
+@case
+def sum_that_starts_as_a_leaf() -> Any:
+    """Losses are added to a zero that requires grad, as in quantizers of libraries."""
+
+    def loss(module: Any, x: Tensor) -> Tensor:
+        total = torch.tensor([0.0], dtype=x.dtype).requires_grad_()
+        return (total + module(x).square().mean()).sum()
+
+    return nn.Linear(4, 3), loss, inputs(4)
+
+
 cube = Cube.apply
 
 

@@ -121,6 +121,7 @@ VMAP_CANNOT = set(
         "data_dependent_branch",
         "decoder_that_attends_to_memory",
         "decoder_that_only_gets_a_state",
+        "sum_that_starts_as_a_leaf",
         "target_network_written_by_data",
         "everything_padded_or_nothing",
         "experts_chosen_by_the_data",
