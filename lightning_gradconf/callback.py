@@ -275,7 +275,7 @@ class GradientConfusionCallback(Callback):
         if self._session.active and trainer.global_rank == 0:
             with self._session.logging():
                 conclude(self._session)
-        self._session.close()
+        self._session.ranks.leave()
         self._end_session()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Subset
 from torchmetrics import Accuracy
 
 from lightning_gradconf import GradientConfusionCallback
-from lightning_gradconf.batches import sources as source
+from lightning_gradconf.batches.layout import Layout
 from lightning_gradconf.gram.ranks import data_parallel as distributed
 from lightning_gradconf.gram.ranks import factor_exchange as factors
 from lightning_gradconf.reports import report
@@ -131,7 +131,7 @@ class Break(pl.Callback):
 
         owner, name = {
             "isolation": (probe, "untouched"),
-            "sampling": (source, "units_of"),
+            "sampling": (Layout, "units"),
             "preparation": (measure, "prepare_step"),
             "plan": (distributed, "bytes_for_gradients"),
             "forward": (type(module), "measured_loss"),

@@ -23,7 +23,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from lightning_gradconf.batches.samples import WHOLE, SamplePlaces, learn
+from lightning_gradconf.batches.samples import WHOLE
 from lightning_gradconf.batches.structure import children, deep_copy_of, rebuild
 
 # Of a sampler that does not say how long it is, over data that do not either, no more is taken than this.
@@ -138,25 +138,21 @@ def shares(loaders: Mapping[str, Any], unit_size: int, counts: Mapping[str, int]
     return {path: max(1, round(unit_size * size / least)) for path, size in sizes.items()}
 
 
-def learn_places(loaders: Any, prepare: Callable[[Any], Any]) -> SamplePlaces | None:
-    """Return where samples lie in the batches of loaders, None if their items cannot be read or are too few.
+def example_indices(loader: Any) -> list[Any]:
+    """Return three indices that tell where samples lie, of one batch if a sampler of the user's puts it together.
 
     Raises:
-        Exception: Samples do not lie side by side.
+        ValueError: The items of the loader cannot be read, or there are fewer than three.
     """
-    flat = list(loaders_in(loaders).values())
-    try:
-        items = [read_items(loader, _examples(loader)) for loader in flat]
-
-        def collated(some: Sequence[int], seed: int) -> Any:
-            seed_everything([seed])
-            parts = [collate(loader, [own[i] for i in some]) for loader, own in zip(flat, items, strict=True)]
-            return prepare(combined(loaders, iter(parts)))
-
-        collated([2], 0)
-    except Exception:  # of the user's dataset, which may work in its workers alone
-        return None
-    return learn(collated)
+    if not has_items(loader):
+        raise ValueError("the loader has no dataset whose items can be read")
+    flat = _flat(loader)
+    if flat is None:
+        found = _batches(loader, None)
+        flat = next((group for group in found if len(group) > 2), [i for group in found for i in group])
+    if len(flat) < 3:
+        raise ValueError("the dataset is too small to tell where samples lie")
+    return [flat[0], flat[len(flat) // 2], flat[-1]]
 
 
 def draw_indices(loader: Any, size: int | None, num: int) -> list[list[Any]]:
@@ -255,19 +251,6 @@ def _most(sampler: Any, loader: Any) -> int:
         except (TypeError, NotImplementedError):
             continue
     return min(sizes) if sizes else _ENDLESS
-
-
-def _examples(loader: Any) -> list[Any]:
-    """Three indices that tell where samples lie, from one batch if a sampler of the user's puts it together."""
-    if not has_items(loader):
-        raise ValueError("the loader has no dataset whose items can be read")
-    flat = _flat(loader)
-    if flat is None:
-        found = _batches(loader, None)
-        flat = next((group for group in found if len(group) > 2), [i for group in found for i in group])
-    if len(flat) < 3:
-        raise ValueError("the dataset is too small to tell where samples lie")
-    return [flat[0], flat[len(flat) // 2], flat[-1]]
 
 
 def _dataset_collates(loader: Any) -> bool:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_gradconf.batches.draws import Origin, Unit, draw, first_of, units_of
+from lightning_gradconf.batches.draws import draw, first_of
 from lightning_gradconf.batches.layout import Layout
 from lightning_gradconf.batches.loaders import Feed, has_items, loaders_in, samples_at, seed_everything
-from lightning_gradconf.batches.structure import copy_of, leaves
-from lightning_gradconf.batches.units import num_samples
+from lightning_gradconf.batches.structure import leaves
+from lightning_gradconf.batches.units import Origin, Unit, copy_of, num_samples
 
 
 class Source:
@@ -123,16 +123,14 @@ class Source:
 
     def reads(self, feed: Feed) -> Any:
         """Return the loaders whose items `units` reads, none where it has the batches in training."""
-        if self._cuts_current:
-            return []
-        return self._kind if isinstance(self._kind, DataLoader) else feed.loaders
+        return [] if self._cuts_current else self._loaders(feed)
 
     def pads(self, feed: Feed, step: int) -> bool:
         """Return whether the last units that were cut out of a batch have other shapes than units collated alone."""
         if not self._shapes or not self._can_collate(feed):
             return False
         try:
-            with feed.isolated(self._kind if isinstance(self._kind, DataLoader) else feed.loaders):
+            with feed.isolated(self._loaders(feed)):
                 return any(_shapes(unit) != self._shapes for unit in self._collated(feed, self._num_units, step))
         except Exception:  # of the user's dataset
             return False
@@ -171,18 +169,15 @@ class Source:
         except ValueError:
             return None
 
-    def forget(self) -> None:
-        """Release the batches kept."""
-        self._recent.clear()
-        self._fixed_indices = self.fixed_indices
-        self._fixed = None
+    def _loaders(self, feed: Feed) -> Any:
+        """Return the user's own loader, or else those of the training."""
+        return self._kind if isinstance(self._kind, DataLoader) else feed.loaders
 
     def _can_collate(self, feed: Feed) -> bool:
         """Whether units are cut out of batches now, and could be collated alone."""
-        given = isinstance(self._kind, DataLoader)
-        if self._unit_size == "batch" or self._alone or not (given or self._kind == "current"):
+        if self._unit_size == "batch" or self._alone or self._kind in ("fresh", "fixed"):
             return False
-        return all(map(has_items, loaders_in(self._kind if given else feed.loaders).values()))
+        return all(map(has_items, loaders_in(self._loaders(feed)).values()))
 
     def _collated(self, feed: Feed, wanted: int, step: int) -> list[Unit]:
         seed = (self._seed, step, feed.rank)
@@ -209,9 +204,7 @@ class Source:
     def _units_of(self, layout: Layout, batch: Any, batch_idx: int, num_units: int | None) -> list[Unit]:
         """The units in a batch; with ``unit_size="batch"`` it is one, unless it is shorter than others."""
         if self._unit_size != "batch":
-            places, counts = layout.placed(batch)
-            sizes = layout.shares(int(self._unit_size), counts)
-            found = units_of(batch, batch_idx, places, sizes, num_units)
+            found = layout.units(batch, batch_idx, int(self._unit_size), num_units)
             self._shapes = _shapes(found[-1]) if found else []
             return found
         counts = layout.counts(batch, batch_idx)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_gradconf import plots
-from lightning_gradconf.batches.draws import Origin
+from lightning_gradconf.batches.units import Origin
 from lightning_gradconf.reports.custom_scalars import add_band
 from lightning_gradconf.reports.loggers import kind, show_cosines, show_figure, show_table
 from lightning_gradconf.reports.settings import Settings

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_gradconf.batches.draws import Unit, class_of
 from lightning_gradconf.batches.loaders import Feed
-from lightning_gradconf.batches.units import copy_of
+from lightning_gradconf.batches.units import Unit, class_of, copy_of
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.ranks import sharded
 from lightning_gradconf.gram.select import gram_of_units

@@ -248,12 +248,6 @@ class Session:
 
     # ---- the end, and what goes wrong -------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Release the batches kept, and leave the process group."""
-        self.last_batch = None
-        self.source.forget()
-        self.ranks.leave()
-
     def say_if_nothing_was_measured(self) -> None:
         """Warn at the end of a run that should have been measured and was not, unless the reason has been said."""
         if self.active and self.n is None and not self._said:
