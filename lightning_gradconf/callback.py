@@ -272,9 +272,7 @@ class GradientConfusionCallback(Callback):
         if self._session is None:
             return
         self._session.say_if_nothing_was_measured()
-        if self._session.active and trainer.global_rank == 0:
-            with self._session.logging():
-                conclude(self._session)
+        conclude(self._session)
         self._session.ranks.leave()
         self._end_session()
 
@@ -294,10 +292,9 @@ class GradientConfusionCallback(Callback):
         self.last_statistics = {}
         for measurement in measurements:
             with session.logging():
-                report, of_loss = session.report_on(measurement.name), measurement.name and f"{measurement.name}/"
-                statistics, pairs = report.values(measurement), report.pairs(measurement)
-                self.last_gram, self.last_step, self.last_top_pairs = measurement.gram, measurement.step, pairs
+                statistics, self.last_top_pairs = publish(session, measurement)
+                self.last_gram, self.last_step = measurement.gram, measurement.step
                 self.last_engine, self.last_seconds = measurement.engine, measurement.seconds
+                of_loss = measurement.name and f"{measurement.name}/"
                 self.last_statistics |= {f"{of_loss}{name}": value for name, value in statistics.items()}
-                publish(session, measurement, statistics, pairs)
         session.reported(step)

@@ -13,8 +13,9 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_gradconf.__main__ import main, sparkline
 from lightning_gradconf.plots import plot_curves
+from lightning_gradconf.reports.loggers import show_table
 from lightning_gradconf.reports.saved_runs import accuracy_keys, loss_keys, measured, read_runs, read_settings
-from lightning_gradconf.reports.settings import Settings, show_settings
+from lightning_gradconf.reports.settings import Settings, row_of
 
 pytest.importorskip("matplotlib")
 
@@ -38,7 +39,7 @@ def write(logger, logged=LOGGED, *settings):
     for step, metrics in logged:
         logger.log_metrics(metrics, step)
     for step, compared in enumerate(settings):
-        show_settings(logger, "gradient_confusion", compared, step)
+        show_table(logger, "gradient_confusion/settings", [row_of(compared)], step)
     logger.save()
     logger.finalize("success")
     return logger.log_dir

@@ -35,12 +35,12 @@ def charts(prefix: str) -> Layout:
     }
 
 
-def add_band(experiment: Any, prefix: str, cosines: Tensor, step: int) -> None:
+def add_band(experiment: Any, tag: str, cosines: Tensor, step: int) -> None:
     """Log the three curves of the band: mean, 5 % and 95 % quantile of the cosines ``(m,)``."""
     for name, share in _BAND.items():
         ordered = cosines.sort().values
         value = cosines.mean() if share is None else ordered[round(share * (len(ordered) - 1))]
-        experiment.add_scalar(f"{prefix}/cosines/{name}", float(value), step)
+        experiment.add_scalar(f"{tag}/{name}", float(value), step)
 
 
 def add_page(experiment: Any, prefixes: Iterable[str]) -> None:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_gradconf.reports.custom_scalars import add_band
+
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
@@ -41,12 +43,13 @@ def log_numbers(logger: Any, numbers: Mapping[str, float], step: int, epoch: int
 
 
 def show_cosines(logger: Any, tag: str, cosines: Tensor, step: int) -> None:
-    """Show the distribution of cosines ``(m,)`` at a step, in TensorBoard and Weights & Biases."""
+    """Show the distribution of cosines ``(m,)`` at a step, in TensorBoard, with a band, and Weights & Biases."""
     # TensorBoard's own bins are made for weights: 1500 of them, most of them close to 0.
     edges = torch.linspace(-1, 1, _BINS + 1)
     match kind(logger):
         case "TensorBoardLogger":
             logger.experiment.add_histogram(tag, cosines, step, bins=edges.tolist())
+            add_band(logger.experiment, tag, cosines, step)
         case "WandbLogger":
             import wandb
 

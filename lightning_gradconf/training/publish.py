@@ -11,7 +11,6 @@ from lightning_gradconf.gram.select import in_words
 from lightning_gradconf.reports.custom_scalars import add_page
 from lightning_gradconf.reports.loggers import kind, log_numbers
 from lightning_gradconf.reports.report import Measurement, Pair
-from lightning_gradconf.reports.settings import Settings, show_settings
 from lightning_gradconf.training.compat import add_metrics, warn_here
 
 if TYPE_CHECKING:
@@ -20,33 +19,32 @@ if TYPE_CHECKING:
     from lightning_gradconf.training.session import Session
 
 
-def publish(session: Session, measurement: Measurement, statistics: dict[str, float], pairs: Sequence[Pair]) -> None:
-    """Give ``callback_metrics``, the progress bar and every logger what a measurement says."""
-    trainer, module, settings = session.trainer, session.module, session.settings
-    report = session.report_on(measurement.name)
-    prefix = report.prefix
-    metrics = {f"{prefix}/{name}": value for name, value in statistics.items()}
-    for layer, value in report.of_layers(measurement).items():
-        metrics[f"{prefix}/min_cosine/{layer}"] = value
+def publish(session: Session, measurement: Measurement) -> tuple[dict[str, float], list[Pair]]:
+    """Give ``callback_metrics``, the progress bar and every logger what a measurement says.
+
+    Returns:
+        The statistics by their names, and the pairs with the lowest cosines. They are there also where a logger fails.
+    """
+    trainer, module, report = session.trainer, session.module, session.report_on(measurement.name)
+    statistics, pairs, lowest = report.values(measurement), report.pairs(measurement), f"{report.prefix}/min_cosine"
+    metrics = {f"{report.prefix}/{name}": value for name, value in statistics.items()}
+    metrics |= {f"{lowest}/{layer}": value for layer, value in report.of_layers(measurement).items()}
     if measurement.fault:
         session.warn_once(measurement.fault, f" First at step {measurement.step}.")
-    in_bar = [key for key in (f"{prefix}/min_cosine",) if settings.prog_bar and key in metrics]
-    add_metrics(trainer, {key: torch.tensor(value, device=module.device) for key, value in metrics.items()}, in_bar)
+    with session.logging():
+        in_bar = [lowest] if session.settings.prog_bar and lowest in metrics else []
+        add_metrics(trainer, {key: torch.tensor(value, device=module.device) for key, value in metrics.items()}, in_bar)
     loggers: list[Any] = trainer.loggers
     for logger in loggers:
         with session.logging():
             log_numbers(logger, metrics, measurement.step, trainer.current_epoch)
     if trainer.global_rank == 0:
-        figures = report.figures_of(measurement, pairs)
-        for logger in loggers:
-            with session.logging():
-                report.show(logger, measurement, figures, pairs)
-        compared = Settings(len(measurement.gram), measurement.unit_size, measurement.engine)
-        if compared != report.compared:  # at first, and when `auto` falls back
-            report.compared = compared
+        with session.logging():
+            tables, figures = report.tables_of(measurement, pairs), report.figures_of(measurement, pairs)
             for logger in loggers:
                 with session.logging():
-                    show_settings(logger, prefix, compared, measurement.step)
+                    report.show(logger, measurement, tables, figures)
+    return statistics, pairs
 
 
 def publish_again(session: Session, statistics: dict[str, float]) -> None:
@@ -57,9 +55,10 @@ def publish_again(session: Session, statistics: dict[str, float]) -> None:
 
 def conclude(session: Session) -> None:
     """Report the run as a whole at its end."""
-    if session.schedule.last_step is not None:
+    if session.active and session.trainer.global_rank == 0:
         for report in session.reports.values():
-            report.show_layers(session.trainer.loggers)
+            with session.logging():
+                report.show_layers(session.trainer.loggers)
 
 
 def add_charts(trainer: Trainer, prefixes: Sequence[str]) -> None:

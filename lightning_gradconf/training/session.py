@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -14,7 +14,6 @@ from lightning_gradconf.gram.ranks.process_group import Ranks, new_process_group
 from lightning_gradconf.gram.ranks.sharded import is_sharded
 from lightning_gradconf.gram.select import in_words
 from lightning_gradconf.reports.report import Measurement, Report
-from lightning_gradconf.training.attempts import advice, measured_or_collated
 from lightning_gradconf.training.compat import (
     collective_timeout,
     inform,
@@ -25,6 +24,7 @@ from lightning_gradconf.training.compat import (
 )
 from lightning_gradconf.training.feed import feed_of
 from lightning_gradconf.training.manual_optimization import ManualOptimization
+from lightning_gradconf.training.measure import advice, measured
 from lightning_gradconf.training.overhead import Overhead
 from lightning_gradconf.training.schedule import Schedule
 from lightning_gradconf.training.training_step import StepLoss, reason_not_to_measure
@@ -190,19 +190,19 @@ class Session:
         """
         self.overhead.wait_for_steps()
         try:
-            measurements = measured_or_collated(self, batch, batch_idx, step)
+            measurements = measured(self, batch, batch_idx, step)
         except Exception as error:
             if self._failures == 0:
                 self._advice = self._advice or advice(self, batch, batch_idx, step)
             self._count_failure(error)
             return []
-        if self.source.remark is not None and measurements:
+        if not measurements:
+            return []
+        if self.source.remark is not None:
             self.warn_once(self.source.remark)
-        if measurements:
-            self.schedule.done(step)
-            self._failures = 0
-            if self.settings.source == "fixed" and not self.fixed:
-                self.fixed = self.ranks.gather([self.source.fixed_indices])
+        self.schedule.done(step)
+        self._failures = 0
+        self._fix_units(len(measurements[0].gram) // (1 if self.sharded else self.ranks.size))
         return [replace(measurement, seconds=self.overhead.elapsed()) for measurement in measurements]
 
     def report_on(self, name: str) -> Report:
@@ -236,8 +236,10 @@ class Session:
             )
         schedule.stretch = stretch
 
-    def fix_n(self, n: int) -> None:
+    def _fix_units(self, n: int) -> None:
         """Compare n units of this rank from now on; say so if they are fewer than were asked for."""
+        if self.settings.source == "fixed" and not self.fixed:
+            self.fixed = self.ranks.gather([self.source.fixed_indices])
         if self.n is None and n < self.settings.num_units:
             inform(
                 self.trainer,
@@ -299,20 +301,7 @@ class Session:
         )
         self._warn_of_error("a measurement failed", error, remedy)
 
-    def say_too_few(self, n: int) -> None:
-        """Switch off if the first measurement finds no two units; later ones wait for a batch that is large enough."""
-        if self.n is None:
-            self.active = False
-            self.warn_once(
-                f"measures nothing in this run. source={self.settings.source!r} gives {n} unit(s) of unit_size="
-                f"{self.settings.unit_size!r}, and it takes two to disagree; use a smaller unit_size, "
-                "unit_size='batch', or source='fresh'."
-            )
-
-    def say_traces(self, changed: Sequence[str]) -> None:
-        """Switch off, since the first measurement changed something of the run."""
+    def switch_off(self, reason: str) -> None:
+        """Measure nothing more in this run, and say why."""
         self.active = False
-        self.warn_once(
-            f"the first measurement changed {', '.join(changed) or 'something on another rank'}; it measures nothing "
-            "more in this run, which is not the run without it. Pass a loss_fn that only computes the loss."
-        )
+        self.warn_once(reason)
