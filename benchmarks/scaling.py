@@ -157,16 +157,28 @@ def protocol() -> None:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     class Watch(GradientConfusionCallback):
-        def _measure(self, *args) -> None:
+        start: float | None = None
+
+        def should_measure(self, trainer) -> bool:
             gc.collect()
-            before = status("VmRSS")
+            self.before = status("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")
-            start = time.process_time()
-            super()._measure(*args)
-            seconds = time.process_time() - start
-            print(
-                f"measured in {seconds:.1f} s, {(status('VmHWM') - before) / 1024:.0f} MB above what was there before"
-            )
+            self.start = time.process_time()
+            return True
+
+        def on_train_batch_start(self, *args) -> None:
+            super().on_train_batch_start(*args)
+            self.tell()
+
+        def on_train_batch_end(self, *args) -> None:
+            super().on_train_batch_end(*args)
+            self.tell()
+
+        def tell(self) -> None:
+            if self.start is not None:
+                seconds, more = time.process_time() - self.start, (status("VmHWM") - self.before) / 1024
+                print(f"measured in {seconds:.1f} s, {more:.0f} MB above what was there before")
+            self.start = None
 
     pl.seed_everything(0, verbose=False)
     torch.set_num_threads(1)

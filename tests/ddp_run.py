@@ -151,9 +151,9 @@ class Watched(GradientConfusionCallback):
         self.passes = []
         super().on_train_start(*args)
 
-    def _measure(self, session, *args):
-        self.passes.append(session.trainer.fit_loop.epoch_loop._batches_that_stepped)
-        super()._measure(session, *args)
+    def should_measure(self, trainer):
+        self.passes.append(trainer.fit_loop.epoch_loop._batches_that_stepped)
+        return super().should_measure(trainer)
 
 
 class Leave(pl.Callback):

@@ -90,9 +90,25 @@ class Pair(NamedTuple):
     labels: tuple[int, int] | None
 
 
+class Reading(NamedTuple):
+    """What a measurement says.
+
+    Attributes:
+        measurement: What was measured.
+        statistics: Its statistics, by name.
+        layers: The lowest cosine of each submodule that is reported by itself.
+        pairs: The pairs of units with the lowest cosines, the lowest first.
+    """
+
+    measurement: Measurement
+    statistics: dict[str, float]
+    layers: dict[str, float]
+    pairs: list[Pair]
+
+
 @dataclass
 class Report:
-    """Tells what is wanted of each measurement, by the arguments of the callback, and of all when the run ends."""
+    """Reads from each measurement what is wanted, by the arguments of the callback, and shows it and the whole run."""
 
     statistics: Sequence[str]
     per_layer: bool | int
@@ -104,8 +120,11 @@ class Report:
     _steps: list[int] = field(default_factory=list)
     _of_layers: dict[str, list[float]] = field(default_factory=dict)
 
-    def values(self, measured: Measurement) -> dict[str, float]:
-        """Return the statistics of a measurement by their names."""
+    def read(self, measured: Measurement) -> Reading:
+        """Return what a measurement says, and keep what it says of submodules for the end of the run."""
+        return Reading(measured, self._statistics_of(measured), self._layers_of(measured), self._pairs_of(measured))
+
+    def _statistics_of(self, measured: Measurement) -> dict[str, float]:
         size = measured.unit_size
         own = {"num_units": float(len(measured.gram)), "seconds": measured.seconds}
         names = [name for name in self.statistics if name not in own]
@@ -117,8 +136,7 @@ class Report:
         numbers = {name: float(value) for name, value in values.items()}
         return numbers | {name: value for name, value in own.items() if name in self.statistics}
 
-    def of_layers(self, measured: Measurement) -> dict[str, float]:
-        """Return the lowest cosine of each submodule that is reported by itself, and keep it for the end."""
+    def _layers_of(self, measured: Measurement) -> dict[str, float]:
         layers = _layers(measured.grams, self.per_layer)
         values = {layer: float(min_cosine(torch.stack(grams).sum(0))) for layer, grams in layers.items()}
         for layer in values:
@@ -128,8 +146,7 @@ class Report:
         self._steps.append(measured.step)
         return values
 
-    def pairs(self, measured: Measurement) -> list[Pair]:
-        """Return the pairs of units with the lowest cosines, the lowest first."""
+    def _pairs_of(self, measured: Measurement) -> list[Pair]:
         if not measured.origins:
             return []
         cosines, labels, origins = cosine_matrix(measured.gram), measured.labels, measured.origins
@@ -144,8 +161,9 @@ class Report:
             pairs.append(Pair(float(of_pairs[k]), (i, j), (origins[i], origins[j]), classes))
         return pairs
 
-    def figures_of(self, measured: Measurement, pairs: Sequence[Pair]) -> dict[str, Figure]:
+    def figures_of(self, reading: Reading) -> dict[str, Figure]:
         """Return the figures of a measurement by their names; none of one without any cosine."""
+        measured, pairs = reading.measurement, reading.pairs
         figures: dict[str, Figure] = {}
         if not len(measured.cosines):
             return figures
@@ -162,13 +180,15 @@ class Report:
             figures["top_pairs"] = plots.plot_pairs(shown, [_caption(pair) for pair in first])
         return figures
 
-    def tables_of(self, measured: Measurement, pairs: Sequence[Pair]) -> dict[str, list[dict[str, str]]]:
+    def tables_of(self, reading: Reading) -> dict[str, list[dict[str, str]]]:
         """Return the tables of a measurement, as rows by their names.
 
         The settings are one at the first measurement, and again when they change, as the engine does if ``auto`` falls
         back.
         """
-        tables = {"top_pairs": [_row(pair) for pair in pairs]} if pairs else {}
+        measured, tables = reading.measurement, {}
+        if reading.pairs:
+            tables["top_pairs"] = [_row(pair) for pair in reading.pairs]
         compared = Settings(len(measured.gram), measured.unit_size, measured.engine)
         if compared != self._compared:
             self._compared = compared

@@ -7,7 +7,7 @@ Trainer or a LightningCLI of one accepts only callbacks that inherit from its ow
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
@@ -77,6 +77,12 @@ def only_refreshes_statistics(trainer: Trainer) -> bool:
 def stops_early(trainer: Trainer) -> bool:
     """Return whether ``should_stop`` ends the epoch now; it waits for ``min_epochs`` and ``min_steps``."""
     return bool(trainer.should_stop and trainer.fit_loop._can_stop_early)
+
+
+def has_argument(trainer: Trainer, hook: Callable[..., Any], name: str, **options: Any) -> bool:
+    """Return whether Lightning gives a hook this argument."""
+    signatures = import_module(f"{namespace(trainer).__name__}.utilities.signature_utils")
+    return bool(signatures.is_param_in_hook_signature(hook, name, **options))
 
 
 def add_metrics(trainer: Trainer, metrics: Mapping[str, Tensor], in_progress_bar: Iterable[str] = ()) -> None:

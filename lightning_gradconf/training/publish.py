@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lightning_gradconf.gram.select import in_words
 from lightning_gradconf.reports.custom_scalars import add_page
 from lightning_gradconf.reports.loggers import kind, log_numbers
-from lightning_gradconf.reports.report import Measurement, Pair
+from lightning_gradconf.reports.report import Reading, Report
 from lightning_gradconf.training.compat import add_metrics, warn_here
 
 if TYPE_CHECKING:
@@ -19,38 +20,28 @@ if TYPE_CHECKING:
     from lightning_gradconf.training.session import Session
 
 
-def publish(session: Session, measurement: Measurement) -> tuple[dict[str, float], list[Pair]]:
-    """Give ``callback_metrics``, the progress bar and every logger what a measurement says.
-
-    Returns:
-        The statistics by their names, and the pairs with the lowest cosines. They are there also where a logger fails.
-    """
-    trainer, module, report = session.trainer, session.module, session.report_on(measurement.name)
-    statistics, pairs, lowest = report.values(measurement), report.pairs(measurement), f"{report.prefix}/min_cosine"
-    metrics = {f"{report.prefix}/{name}": value for name, value in statistics.items()}
-    metrics |= {f"{lowest}/{layer}": value for layer, value in report.of_layers(measurement).items()}
-    if measurement.fault:
-        session.warn_once(measurement.fault, f" First at step {measurement.step}.")
-    with session.logging():
-        in_bar = [lowest] if session.settings.prog_bar and lowest in metrics else []
-        add_metrics(trainer, {key: torch.tensor(value, device=module.device) for key, value in metrics.items()}, in_bar)
+def publish(session: Session, report: Report, reading: Reading) -> None:
+    """Give ``callback_metrics``, the progress bar and every logger what a measurement says."""
+    trainer, measurement, lowest = session.trainer, reading.measurement, f"{report.prefix}/min_cosine"
+    metrics = {f"{report.prefix}/{name}": value for name, value in reading.statistics.items()}
+    metrics |= {f"{lowest}/{layer}": value for layer, value in reading.layers.items()}
+    in_bar = [lowest] if session.settings.prog_bar and lowest in metrics else []
+    add_metrics(trainer, _on_device(session, metrics), in_bar)
     loggers: list[Any] = trainer.loggers
     for logger in loggers:
         with session.logging():
             log_numbers(logger, metrics, measurement.step, trainer.current_epoch)
     if trainer.global_rank == 0:
-        with session.logging():
-            tables, figures = report.tables_of(measurement, pairs), report.figures_of(measurement, pairs)
-            for logger in loggers:
-                with session.logging():
-                    report.show(logger, measurement, tables, figures)
-    return statistics, pairs
+        tables, figures = report.tables_of(reading), report.figures_of(reading)
+        for logger in loggers:
+            with session.logging():
+                report.show(logger, measurement, tables, figures)
 
 
 def publish_again(session: Session, statistics: dict[str, float]) -> None:
     """Give callbacks that monitor a key the values from before a run was resumed, until there are new ones."""
-    values = {f"{session.settings.prefix}/{name}": torch.tensor(value) for name, value in statistics.items()}
-    add_metrics(session.trainer, {key: value.to(session.module.device) for key, value in values.items()})
+    values = {f"{session.settings.prefix}/{name}": value for name, value in statistics.items()}
+    add_metrics(session.trainer, _on_device(session, values))
 
 
 def conclude(session: Session) -> None:
@@ -70,3 +61,7 @@ def add_charts(trainer: Trainer, prefixes: Sequence[str]) -> None:
                 add_page(logger.experiment, prefixes)
             except Exception as error:
                 warn_here(f"the page of charts could not be written: {in_words(error)}")
+
+
+def _on_device(session: Session, values: Mapping[str, float]) -> dict[str, Tensor]:
+    return {key: torch.tensor(value, device=session.module.device) for key, value in values.items()}

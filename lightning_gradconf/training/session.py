@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from lightning_gradconf.batches.loaders import loaders_in
 from lightning_gradconf.batches.sources import Source
 from lightning_gradconf.gram.ranks.process_group import Ranks, new_process_group
 from lightning_gradconf.gram.ranks.sharded import is_sharded
 from lightning_gradconf.gram.select import in_words
-from lightning_gradconf.reports.report import Measurement, Report
+from lightning_gradconf.reports.report import Reading, Report
 from lightning_gradconf.training.compat import (
     collective_timeout,
     inform,
@@ -26,8 +24,9 @@ from lightning_gradconf.training.feed import feed_of
 from lightning_gradconf.training.manual_optimization import ManualOptimization
 from lightning_gradconf.training.measure import advice, measured
 from lightning_gradconf.training.overhead import Overhead
-from lightning_gradconf.training.schedule import Schedule
-from lightning_gradconf.training.training_step import StepLoss, reason_not_to_measure
+from lightning_gradconf.training.publish import conclude, publish
+from lightning_gradconf.training.schedule import Schedule, interval_in_steps
+from lightning_gradconf.training.training_step import StepLoss
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -37,27 +36,6 @@ if TYPE_CHECKING:
 _MAX_FAILURES = 3
 # So many due steps in a row without enough samples are no longer one short batch at the end of an epoch.
 _MISSED = 2
-
-
-def reason_not_to_start(settings: GradientConfusionCallback, trainer: Trainer, module: LightningModule) -> str | None:
-    """Return why a run cannot be measured and what to do about it, None if it can."""
-    if (reason := reason_not_to_measure(trainer, module, settings.loss_fn)) is not None:
-        return reason
-    if any(settings.source is loader for loader in loaders_in(trainer.train_dataloader).values()):
-        return "source= is the training loader itself, whose order would change; use source='fresh'"
-    names = [name for name, _ in module.named_parameters()]
-    for pattern in [settings.parameters] if isinstance(settings.parameters, str) else settings.parameters or []:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            like = ", ".join(map(repr, names[:5]))
-            return f"parameters={pattern!r} matches none of the {len(names)} parameters; their names are like {like}"
-    if settings.every_n_epochs is None and _interval(settings, trainer) == 0:
-        return "Trainer(log_every_n_steps=0) means never; pass every_n_train_steps= to measure"
-    return None
-
-
-def _interval(settings: GradientConfusionCallback, trainer: Trainer) -> int:
-    given, logged = settings.every_n_train_steps, int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
-    return logged if given is None else given
 
 
 class Session:
@@ -80,7 +58,6 @@ class Session:
         loss: The loss of a batch.
         reports: What is reported of the measurements of each loss.
         fixed: The indices of a fixed draw, for each unit of each rank; empty before, and for other sources.
-        last_batch: The last batch that was trained on, its index and its step, where the end of an epoch needs it.
     """
 
     def __init__(
@@ -89,7 +66,7 @@ class Session:
         self.settings, self.trainer, self.module = settings, trainer, module
         self.active = True
         self.n: int | None = None
-        self.schedule = Schedule(_interval(settings, trainer), settings.every_n_epochs)
+        self.schedule = Schedule(interval_in_steps(settings.every_n_train_steps, trainer), settings.every_n_epochs)
         self.overhead = Overhead(module.device)
         self.fixed: list[Any] = []
         self._load(state)
@@ -103,7 +80,8 @@ class Session:
         manual = None if module.automatic_optimization or settings.loss_fn else ManualOptimization(trainer, module)
         self.loss = StepLoss(trainer, settings.loss_fn, manual)
         self.reports: dict[str, Report] = {}
-        self.last_batch: tuple[Any, int, int] | None = None
+        # The batch, its index and its step, where the end of an epoch may need them.
+        self._last_batch: tuple[Any, int, int] | None = None
         self.sharded = is_sharded(module)
         self._failures = 0
         self._advice = ""
@@ -136,35 +114,36 @@ class Session:
 
     # ---- when -------------------------------------------------------------------------------------------------------
 
-    def is_due(self, batch: Any, batch_idx: int) -> bool:
-        """Return whether to measure before the step of a batch, of which copies are kept where they are needed."""
+    def before_step(self, batch: Any, batch_idx: int) -> list[Reading]:
+        """Measure before the step of a batch if it is time, and keep copies of its units where they are needed."""
         if not self.active or only_refreshes_statistics(self.trainer):
-            return False
+            return []
         due = self.schedule.is_due(self.trainer)
         self.overhead.start()
         self.source.see(feed_of(self.trainer, self.module), batch, batch_idx, due)
         if not due:
-            return False
+            return []
         if not self.ranks.minimum(self.source.ready(self.n)):
             self._say_if_batches_became_smaller()
-            return False
-        return self._is_wanted()
+            return []
+        return self._measure(batch, batch_idx, logging_step(self.trainer))
 
-    def is_due_after(self, batch: Any, batch_idx: int) -> bool:
-        """Return whether to measure after the step of a batch, with which an epoch ends."""
+    def after_step(self, batch: Any, batch_idx: int) -> list[Reading]:
+        """Measure after the step of a batch with which an epoch ends, if it is one that is measured at its end."""
         if not self.active or self.settings.every_n_epochs is None or only_refreshes_statistics(self.trainer):
-            return False
+            return []
         step, ends = logging_step(self.trainer), self.schedule.is_due_after(self.trainer)
-        self.last_batch = None if ends else (batch, batch_idx, step)  # an end is measured once
+        self._last_batch = None if ends else (batch, batch_idx, step)  # an end is measured once
         self.overhead.start()
-        return ends and step != self.schedule.last_step and self._is_wanted()
+        return self._measure(batch, batch_idx, step) if ends and step != self.schedule.last_step else []
 
-    def is_due_at_end_of_epoch(self) -> bool:
-        """Return whether the end of an epoch is still to be measured, as it did not come with a batch."""
-        if not self.active or self.last_batch is None or not self.schedule.is_due_at_end_of_epoch(self.trainer):
-            return False
+    def at_end_of_epoch(self) -> list[Reading]:
+        """Measure the end of an epoch that did not come with a batch, if it is to be measured."""
+        if not self.active or self._last_batch is None or not self.schedule.is_due_at_end_of_epoch(self.trainer):
+            return []
         self.overhead.start()
-        return self.last_batch[2] != self.schedule.last_step and self._is_wanted()
+        batch, batch_idx, step = self._last_batch
+        return self._measure(batch, batch_idx, step) if step != self.schedule.last_step else []
 
     def _is_wanted(self) -> bool:
         """Return whether ``should_measure`` agrees on all ranks; if not, the next due step asks again."""
@@ -176,18 +155,20 @@ class Session:
         self.schedule.owed = bool(self.ranks.minimum(wanted))
         return self.schedule.owed
 
-    # ---- a measurement ----------------------------------------------------------------------------------------------
+    # ---- a measurement: units, their Gram, the report ---------------------------------------------------------------
 
-    def measure(self, batch: Any, batch_idx: int, step: int) -> list[Measurement]:
-        """Return what is measured now, one measurement for each loss of the step.
+    def _measure(self, batch: Any, batch_idx: int, step: int) -> list[Reading]:
+        """Measure now if that is wanted, and publish what each loss of the step says.
 
-        There is none if the module skips this batch, units are too few, or something failed.
+        Nothing is measured if the module skips this batch, units are too few, or something fails.
 
         Args:
             batch: The batch in training, or the last one.
             batch_idx: Its index.
             step: The step that it is logged at.
         """
+        if not self._is_wanted():
+            return []
         self.overhead.wait_for_steps()
         try:
             measurements = measured(self, batch, batch_idx, step)
@@ -198,14 +179,26 @@ class Session:
             return []
         if not measurements:
             return []
+        measurements = [replace(measurement, seconds=self.overhead.elapsed()) for measurement in measurements]
         if self.source.remark is not None:
             self.warn_once(self.source.remark)
         self.schedule.done(step)
         self._failures = 0
         self._fix_units(len(measurements[0].gram) // (1 if self.sharded else self.ranks.size))
-        return [replace(measurement, seconds=self.overhead.elapsed()) for measurement in measurements]
+        readings: list[Reading] = []
+        for measurement in measurements:
+            with self.logging():
+                if measurement.fault:
+                    self.warn_once(measurement.fault, f" First at step {step}.")
+                report = self._report_on(measurement.name)
+                reading = report.read(measurement)
+                readings.append(reading)
+                publish(self, report, reading)
+        self.overhead.finish(step)
+        self._stretch_interval()
+        return readings
 
-    def report_on(self, name: str) -> Report:
+    def _report_on(self, name: str) -> Report:
         """Return what reports the measurements of a loss, by its name."""
         if name not in self.reports:
             given, prefix = self.settings, "/".join(filter(None, (self.settings.prefix, name)))
@@ -213,12 +206,8 @@ class Session:
             self.reports[name] = Report(*what, prefix)
         return self.reports[name]
 
-    def reported(self, step: int) -> None:
-        """Take the time of a measurement that has been reported.
-
-        An interval that is ours to choose is stretched until measuring keeps to its share, as rank 0 sees it.
-        """
-        self.overhead.finish(step)
+    def _stretch_interval(self) -> None:
+        """Stretch an interval that is ours to choose until measuring keeps to its share, as rank 0 sees it."""
         schedule, limit = self.schedule, self.settings.max_overhead
         if limit is None or self.settings.every_n_train_steps is not None or self.settings.every_n_epochs is not None:
             return
@@ -250,13 +239,15 @@ class Session:
 
     # ---- the end, and what goes wrong -------------------------------------------------------------------------------
 
-    def say_if_nothing_was_measured(self) -> None:
-        """Warn at the end of a run that should have been measured and was not, unless the reason has been said."""
+    def end(self) -> None:
+        """Report the run as a whole, or say that nothing was ever measured, and leave the process group."""
+        conclude(self)
         if self.active and self.n is None and not self._said:
             self.warn_once(
                 f"no measurement took place: {self.source.seen} units of unit_size={self.settings.unit_size!r} were "
                 "seen, too few. Lower num_units or unit_size, or train longer."
             )
+        self.ranks.leave()
 
     def _say_if_batches_became_smaller(self) -> None:
         if self.n is not None and self.schedule.missed >= _MISSED:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from hashlib import sha256
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -18,8 +17,7 @@ from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.metric_answers import answered
 from lightning_gradconf.gram.module_state import random_states, untouched, without_warnings
 from lightning_gradconf.gram.objective import Objective, objective
-from lightning_gradconf.gram.ranks import sharded
-from lightning_gradconf.training.compat import lightning_modules, namespace
+from lightning_gradconf.training.compat import has_argument, lightning_modules
 from lightning_gradconf.training.manual_optimization import ManualLoss, ManualOptimization
 from lightning_gradconf.training.silence import silent, without_logging
 
@@ -133,9 +131,9 @@ class StepLoss:
         return torch.stack([loss.reshape(()) for loss in losses]).sum() if losses else None
 
     def _training_step(self, module: LightningModule, batch: Any) -> Any:
-        signature = import_module(f"{namespace(self.trainer).__name__}.utilities.signature_utils")
-        takes_index = signature.is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-        return module.training_step(batch, self.batch_idx) if takes_index else module.training_step(batch)
+        if has_argument(self.trainer, module.training_step, "batch_idx", min_args=2):
+            return module.training_step(batch, self.batch_idx)
+        return module.training_step(batch)
 
 
 def _loss_in(output: Any) -> Tensor | None:
@@ -218,26 +216,6 @@ def _digest(value: Any) -> bytes:
         else:
             digest.update(leaf.tobytes() if hasattr(leaf, "tobytes") else repr(leaf).encode())
     return digest.digest()
-
-
-def reason_not_to_measure(trainer: Trainer, module: LightningModule, loss_fn: LossOfBatch | None) -> str | None:
-    """Return why this run cannot be measured and what to do about it, None if it can."""
-    if trainer.barebones:
-        return "Trainer(barebones=True) switches logging off; measure in a run without it"
-    strategies = {base.__name__ for base in type(trainer.strategy).__mro__}
-    if "ModelParallelStrategy" in strategies:
-        if (reason := sharded.reason_not_to_measure(module)) is not None:
-            return f"{reason}; measure in a run with strategy='ddp', or shard all of the module with fully_shard"
-    elif not strategies & {"SingleDeviceStrategy", "DDPStrategy"} or "SingleDeviceXLAStrategy" in strategies:
-        return (
-            f"{type(trainer.strategy).__name__} is not supported yet; measure in a run with strategy='ddp' or on one "
-            "device (devices=1)"
-        )
-    if loss_fn is None:
-        signature = import_module(f"{namespace(trainer).__name__}.utilities.signature_utils")
-        if signature.is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
-            return "training_step takes a dataloader_iter, which cannot be shared; let it take (batch, batch_idx)"
-    return None
 
 
 def _is_overridden(module: LightningModule, hook: str) -> bool:
