@@ -19,7 +19,6 @@ from lightning_gradconf.statistics import (
     cosine_matrix,
     mean_cosine,
     min_cosine,
-    negative_fraction,
     pairwise_cosines,
     within_class_cosine,
 )
@@ -47,16 +46,16 @@ def plot_gram(gram: Tensor, *, labels: Tensor | None = None) -> Figure:
     >>> plot_gram(torch.eye(3)).axes[0].get_xlabel()
     'unit'
     """
-    figure = _figure(width=5.4, height=4.8)
-    axes = figure.subplots()
-    cosines = cosine_matrix(gram)
+    cosines, lowest, mean = cosine_matrix(gram), min_cosine(gram), mean_cosine(gram)
     if labels is not None:
         labels = _checked_labels(cosines, labels)
         order = labels.argsort(stable=True)
         cosines = cosines[order][:, order]
+    figure = _figure(width=5.4, height=4.8)
+    axes = figure.subplots()
     _heatmap(axes, cosines, label="cosine of two gradients")
-    summary = f"min {_number(min_cosine(gram))}, mean {_number(mean_cosine(gram))}"
-    axes.set(xlabel="unit", ylabel="unit", title=f"{len(gram)} gradients: {summary}")
+    title = f"{len(gram)} gradients: min {_number(lowest)}, mean {_number(mean)}"
+    axes.set(xlabel="unit", ylabel="unit", title=title)
     axes.locator_params(integer=True)
     if labels is not None:
         _mark_classes(axes, labels)
@@ -88,7 +87,8 @@ def draw_density(axes: Axes, gram: Tensor) -> None:
     if len(cosines) == 0:
         axes.text(0, 0.5, "no cosines: the gradients are zero or not finite", ha="center", va="center", color=_INK)
         return _quiet(axes)
-    axes.set_title(f"{len(gram)} gradients: {_number(100 * negative_fraction(gram), digits=0)} % of pairs negative")
+    lowest, mean, negative = cosines.min(), cosines.mean(), 100 * (cosines < 0).float().mean()
+    axes.set_title(f"{len(gram)} gradients: {_number(negative, digits=0)} % of pairs negative")
     width = 3.5 * cosines.std(correction=0).item() / len(cosines) ** (1 / 3)  # Scott's rule
     bins = 2 * round(min(max(1 / max(width, 1e-6), 12), 60))  # even, so that no bar straddles zero
     heights = torch.histc(cosines, bins, min=-1, max=1) * bins / 2 / len(cosines)
@@ -97,9 +97,9 @@ def draw_density(axes: Axes, gram: Tensor) -> None:
     axes.bar(centres.numpy(), heights.numpy(), width=1.9 / bins, color=colours, alpha=0.45)
     if (density := _density(cosines)) is not None:
         axes.plot(*density, color=_INK, linewidth=1.4)
-    for name, cosine, style in (("min", min_cosine(gram), ":"), ("mean", mean_cosine(gram), "--")):
+    for name, cosine, style in (("min", lowest, ":"), ("mean", mean, "--")):
         axes.axvline(cosine.item(), color=_INK, linestyle=style, linewidth=1, label=f"{name} {_number(cosine)}")
-    axes.legend(loc="upper right" if mean_cosine(gram) < 0 else "upper left", frameon=False, labelcolor=_INK)
+    axes.legend(loc="upper right" if mean < 0 else "upper left", frameon=False, labelcolor=_INK)
     _quiet(axes)
 
 
@@ -255,23 +255,26 @@ def plot_runs(
     named = "5 % to 95 % of the cosines" if quantiles else "p05_cosine to mean_cosine"
     known = {name: settings[name] for name in runs if settings and name in settings}
     names = {name: f"{name} ({known[name]})" if name in known else name for name in runs}
+    colours = dict(zip(runs, itertools.cycle(_COLOURS), strict=False))
     # A single run needs no legend: the title names it.
     title = why_not_comparable(known.values()) or (next(iter(names.values())) if len(runs) == 1 else "")
     cosines.set(ylabel="cosine", title=f"line: min_cosine, band: {named}" + f"\n{title}".replace(": ", ":\n").rstrip())
-    for colour, (name, curves) in zip(itertools.cycle(_COLOURS), runs.items(), strict=False):
-        _draw_cosines(cosines, curves, [f"{prefix}/{key}" for key in ("min_cosine", *band)], colour, names[name])
+    for name, curves in runs.items():
+        lowest, low, high = (curves.get(f"{prefix}/{key}", {}) for key in ("min_cosine", *band))
+        steps = [step for step in low if step in high]
+        ends = [low[step] for step in steps], [high[step] for step in steps]
+        cosines.fill_between(steps, *ends, color=colours[name], alpha=0.18, linewidth=0)
+        _draw_curve(cosines, lowest, "-", color=colours[name], linewidth=1.4, label=names[name])
         for axes, group in zip(others, panels.values(), strict=True):
             for key, line in zip(group, _LINES, strict=False):
-                curve = curves.get(key, {})
-                marker = "." if len(curve) < 2 else ""
-                axes.plot(list(curve), list(curve.values()), line, marker=marker, color=colour, linewidth=1.2)
+                _draw_curve(axes, curves.get(key, {}), line, color=colours[name], linewidth=1.2)
     for axes, (title, group) in zip(others, panels.items(), strict=True):
         label = group[0].removeprefix(f"{prefix}/") if len(group) == 1 else title
         axes.set_ylabel("eta\n(squared norm)" if label == "eta" else label)
         if len(group) > 1:
             for key, line in zip(group, _LINES, strict=False):
                 # A key that one run alone has is marked as it is drawn, and one that several have in no run's colour.
-                own = [colour for colour, curves in zip(itertools.cycle(_COLOURS), runs.values()) if key in curves]
+                own = [colours[name] for name, curves in runs.items() if key in curves]
                 axes.plot([], [], line, color=own[0] if len(own) == 1 else _INK, linewidth=1.2, label=key)
             axes.legend(frameon=False, fontsize=7, labelcolor=_INK)
     if len(runs) > 1:
@@ -285,14 +288,9 @@ def plot_runs(
     return figure
 
 
-def _draw_cosines(axes: Axes, curves: Mapping[str, Curve], keys: Sequence[str], colour: str, label: str) -> None:
-    """Draw the line and the band of one run, ``keys`` naming the line and the ends of the band."""
-    lowest, low, high = (curves.get(key, {}) for key in keys)
-    steps = [step for step in low if step in high]
-    band = [low[step] for step in steps], [high[step] for step in steps]
-    axes.fill_between(steps, *band, color=colour, alpha=0.18, linewidth=0)
-    marker = "." if len(lowest) < 2 else ""
-    axes.plot(list(lowest), list(lowest.values()), marker=marker, color=colour, linewidth=1.4, label=label)
+def _draw_curve(axes: Axes, curve: Curve, line: str, **style: Any) -> None:
+    """Draw a curve as a line, or as a dot where it is a single point."""
+    axes.plot(list(curve), list(curve.values()), line, marker="." if len(curve) < 2 else "", **style)
 
 
 def _density(cosines: Tensor) -> tuple[Any, Any] | None:

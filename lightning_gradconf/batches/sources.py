@@ -6,15 +6,12 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_gradconf.batches.draws import draw, first_of
 from lightning_gradconf.batches.layout import Layout
 from lightning_gradconf.batches.loaders import Feed, has_items, loaders_in, samples_at, seed_everything
-from lightning_gradconf.batches.structure import leaves
-from lightning_gradconf.batches.units import Origin, Unit, copy_of, num_samples
+from lightning_gradconf.batches.units import Origin, Unit, copy_of, num_samples, shapes_of
 
 
 class Source:
@@ -47,7 +44,7 @@ class Source:
         self._recent: deque[Unit] = deque()
         self._layout: Layout | None = None
         self._largest: dict[str, int] = {}
-        self._shapes: list[torch.Size] = []
+        self._last_cut: Unit | None = None
         self._error: Exception | None = None
         self._fixed: list[Unit] | None = None
         self._fixed_indices = fixed_indices
@@ -127,11 +124,12 @@ class Source:
 
     def pads(self, feed: Feed, step: int) -> bool:
         """Return whether the last units that were cut out of a batch have other shapes than units collated alone."""
-        if not self._shapes or not self._can_collate(feed):
+        if self._last_cut is None or not self._can_collate(feed):
             return False
+        shapes = shapes_of(self._last_cut.batch)
         try:
             with feed.isolated(self._loaders(feed)):
-                return any(_shapes(unit) != self._shapes for unit in self._collated(feed, self._num_units, step))
+                return any(shapes_of(unit.batch) != shapes for unit in self._collated(feed, self._num_units, step))
         except Exception:  # of the user's dataset
             return False
 
@@ -205,7 +203,7 @@ class Source:
         """The units in a batch; with ``unit_size="batch"`` it is one, unless it is shorter than others."""
         if self._unit_size != "batch":
             found = layout.units(batch, batch_idx, int(self._unit_size), num_units)
-            self._shapes = _shapes(found[-1]) if found else []
+            self._last_cut = found[-1] if found else None
             return found
         counts = layout.counts(batch, batch_idx)
         if any(size < self._largest.get(path, 0) for path, size in counts.items()):
@@ -215,7 +213,3 @@ class Source:
         self._largest |= counts
         first = next(iter(counts.values()), 0)
         return [Unit(copy_of(batch), Origin(tuple(range(first)), batch_idx), min(counts.values(), default=None))]
-
-
-def _shapes(unit: Unit) -> list[torch.Size]:
-    return [leaf.shape for _, leaf in leaves(unit.batch) if isinstance(leaf, Tensor)]

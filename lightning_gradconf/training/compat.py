@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
 
 NAMESPACES = [
     import_module(name)
@@ -85,12 +85,14 @@ def has_argument(trainer: Trainer, hook: Callable[..., Any], name: str, **option
     return bool(signatures.is_param_in_hook_signature(hook, name, **options))
 
 
-def add_metrics(trainer: Trainer, metrics: Mapping[str, Tensor], in_progress_bar: Iterable[str] = ()) -> None:
+def add_metrics(trainer: Trainer, values: Mapping[str, float], in_progress_bar: Iterable[str] = ()) -> None:
     """Give ``callback_metrics`` and ``logged_metrics`` these values, and the progress bar some of them.
 
     ``pl_module.log`` would repeat them at later steps or drop them between Lightning's own logging steps. The public
     properties would compute the metrics of this epoch.
     """
+    device = trainer.strategy.root_device
+    metrics = {key: torch.tensor(value, device=device) for key, value in values.items()}
     connector: Any = trainer._logger_connector
     connector._callback_metrics.update(metrics)
     connector._logged_metrics.update(metrics)

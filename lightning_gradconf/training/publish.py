@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
 
 from lightning_gradconf.gram.select import in_words
 from lightning_gradconf.reports.custom_scalars import add_page
@@ -26,7 +23,7 @@ def publish(session: Session, report: Report, reading: Reading) -> None:
     metrics = {f"{report.prefix}/{name}": value for name, value in reading.statistics.items()}
     metrics |= {f"{lowest}/{layer}": value for layer, value in reading.layers.items()}
     in_bar = [lowest] if session.settings.prog_bar and lowest in metrics else []
-    add_metrics(trainer, _on_device(session, metrics), in_bar)
+    add_metrics(trainer, metrics, in_bar)
     loggers: list[Any] = trainer.loggers
     for logger in loggers:
         with session.logging():
@@ -40,8 +37,7 @@ def publish(session: Session, report: Report, reading: Reading) -> None:
 
 def publish_again(session: Session, statistics: dict[str, float]) -> None:
     """Give callbacks that monitor a key the values from before a run was resumed, until there are new ones."""
-    values = {f"{session.settings.prefix}/{name}": value for name, value in statistics.items()}
-    add_metrics(session.trainer, _on_device(session, values))
+    add_metrics(session.trainer, {f"{session.settings.prefix}/{name}": value for name, value in statistics.items()})
 
 
 def conclude(session: Session) -> None:
@@ -61,7 +57,3 @@ def add_charts(trainer: Trainer, prefixes: Sequence[str]) -> None:
                 add_page(logger.experiment, prefixes)
             except Exception as error:
                 warn_here(f"the page of charts could not be written: {in_words(error)}")
-
-
-def _on_device(session: Session, values: Mapping[str, float]) -> dict[str, Tensor]:
-    return {key: torch.tensor(value, device=session.module.device) for key, value in values.items()}
