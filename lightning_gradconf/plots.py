@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_gradconf.reports.saved_runs import Curve, accuracy_keys, loss_keys, measured, read_runs, read_settings
+from lightning_gradconf.reports.saved_runs import Curve, accuracy_keys, loss_keys, measured, read_sources
 from lightning_gradconf.reports.settings import Settings, why_not_comparable
 from lightning_gradconf.statistics import (
     _checked_labels,
@@ -51,11 +51,8 @@ def plot_gram(gram: Tensor, *, labels: Tensor | None = None) -> Figure:
         labels = _checked_labels(cosines, labels)
         order = labels.argsort(stable=True)
         cosines = cosines[order][:, order]
-    figure = _figure(width=5.4, height=4.8)
-    axes = figure.subplots()
-    _heatmap(axes, cosines, label="cosine of two gradients")
-    title = f"{len(gram)} gradients: min {_number(lowest)}, mean {_number(mean)}"
-    axes.set(xlabel="unit", ylabel="unit", title=title)
+    figure, axes = _heatmap(cosines, "cosine of two gradients", width=5.4, height=4.8)
+    axes.set(xlabel="unit", ylabel="unit", title=f"{len(gram)} gradients: min {_number(lowest)}, mean {_number(mean)}")
     axes.locator_params(integer=True)
     if labels is not None:
         _mark_classes(axes, labels)
@@ -123,9 +120,7 @@ def plot_classes(gram: Tensor, labels: Tensor) -> Figure:
     within = _number(within_class_cosine(gram, labels))
     between = _number(between_class_cosine(gram, labels))
 
-    figure = _figure(width=5.8, height=5.0)
-    axes = figure.subplots()
-    _heatmap(axes, means, label="mean cosine")
+    figure, axes = _heatmap(means, "mean cosine", width=5.8, height=5.0)
     axes.set(xlabel="class", ylabel="class", title=f"{len(gram)} gradients: within classes {within}, between {between}")
     if len(names := [str(label) for label in classes.tolist()]) <= _MOST_CLASSES:
         axes.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names)
@@ -156,9 +151,9 @@ def plot_layers(values: Mapping[str, Sequence[float]], steps: Sequence[int]) -> 
     names = [layer if len(layer) <= 40 else f"\N{HORIZONTAL ELLIPSIS}{layer[-39:]}" for layer in values]
     labelled = math.ceil(len(names) / _MOST_LAYERS)
     longest = max(len(name) for name in names)
-    figure = _figure(width=5.5 + 0.07 * longest, height=1.5 + 0.155 * min(max(len(names), 6), _MOST_LAYERS))
-    axes = figure.subplots()
-    _heatmap(axes, torch.tensor([list(row) for row in values.values()]), label="min_cosine", aspect="auto")
+    width, height = 5.5 + 0.07 * longest, 1.5 + 0.155 * min(max(len(names), 6), _MOST_LAYERS)
+    cosines = torch.tensor([list(row) for row in values.values()])
+    figure, axes = _heatmap(cosines, "min_cosine", width=width, height=height, aspect="auto")
     columns = range(0, len(steps), math.ceil(len(steps) / 8))
     axes.set(xticks=columns, xticklabels=[str(steps[column]) for column in columns], xlabel="step")
     axes.set(yticks=range(0, len(names), labelled), yticklabels=names[::labelled], title="min_cosine of each layer")
@@ -213,14 +208,7 @@ def plot_curves(
     ``keys`` replace the losses and accuracies, one panel each. Raises ``FileNotFoundError`` for a path without runs,
     ``ValueError`` if no run has ``prefix`` or one of ``keys``, and ``ImportError`` without matplotlib.
     """
-    sources = source if isinstance(source, Mapping) else {"": source}
-    runs, settings = dict[str, dict[str, Curve]](), dict[str, Settings]()
-    for given, where in sources.items():
-        paths = [where] if isinstance(where, str | Path) else where
-        found, known = read_runs(paths), read_settings(paths, prefix)
-        names = {run: run if not given else given if len(found) == 1 else f"{given}/{run}" for run in found}
-        runs |= {names[run]: curves for run, curves in found.items()}
-        settings |= {names[run]: compared for run, compared in known.items()}
+    runs, settings = read_sources(source, prefix)
     return plot_runs(measured(runs, keys, prefix), keys, prefix, settings)
 
 
@@ -265,14 +253,15 @@ def plot_runs(
         ends = [low[step] for step in steps], [high[step] for step in steps]
         cosines.fill_between(steps, *ends, color=colours[name], alpha=0.18, linewidth=0)
         _draw_curve(cosines, lowest, "-", color=colours[name], linewidth=1.4, label=names[name])
-        for axes, group in zip(others, panels.values(), strict=True):
-            for key, line in zip(group, _LINES, strict=False):
-                _draw_curve(axes, curves.get(key, {}), line, color=colours[name], linewidth=1.2)
     for axes, (title, group) in zip(others, panels.items(), strict=True):
+        lines = dict(zip(group, _LINES, strict=False))
+        for name, curves in runs.items():
+            for key, line in lines.items():
+                _draw_curve(axes, curves.get(key, {}), line, color=colours[name], linewidth=1.2)
         label = group[0].removeprefix(f"{prefix}/") if len(group) == 1 else title
         axes.set_ylabel("eta\n(squared norm)" if label == "eta" else label)
         if len(group) > 1:
-            for key, line in zip(group, _LINES, strict=False):
+            for key, line in lines.items():
                 # A key that one run alone has is marked as it is drawn, and one that several have in no run's colour.
                 own = [colours[name] for name, curves in runs.items() if key in curves]
                 axes.plot([], [], line, color=own[0] if len(own) == 1 else _INK, linewidth=1.2, label=key)
@@ -336,13 +325,18 @@ def _number(value: Tensor, digits: int = 2) -> str:
     return f"{rounded:.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
-def _heatmap(axes: Axes, cosines: Tensor, *, label: str, aspect: Literal["equal", "auto"] = "equal") -> None:
-    """Draw an image of ``cosines``, red to blue, hatched where they are NaN, and its scale."""
+def _heatmap(
+    cosines: Tensor, label: str, *, width: float, height: float, aspect: Literal["equal", "auto"] = "equal"
+) -> tuple[Figure, Axes]:
+    """Return a figure of ``cosines``, red to blue, hatched where they are NaN, beside their scale; and its axes."""
+    figure = _figure(width=width, height=height)
+    axes = figure.subplots()
     axes.patch.set(facecolor="white", edgecolor=_PALE, hatch="/////")  # shows through the image where it is NaN
     image = axes.imshow(cosines.detach().cpu().numpy(), cmap="RdBu", vmin=-1, vmax=1, aspect=aspect)
-    bar = axes.figure.colorbar(image, ax=axes, label=label, ticks=[-1, -0.5, 0, 0.5, 1])
+    bar = figure.colorbar(image, ax=axes, label=label, ticks=[-1, -0.5, 0, 0.5, 1])
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, length=0)
+    return figure, axes
 
 
 def _quiet(axes: Axes, size: int = 8) -> None:

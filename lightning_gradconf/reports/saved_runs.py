@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,23 @@ def read_settings(paths: Iterable[str | Path], prefix: str = "gradient_confusion
             if (row := _settings_row(file, prefix)) is not None:  # the last is what a resumed run went on with
                 found[name] = settings_from(row)
     return found
+
+
+def read_sources(
+    source: str | Path | Sequence[str | Path] | Mapping[str, str | Path], prefix: str = "gradient_confusion"
+) -> tuple[dict[str, dict[str, Curve]], dict[str, Settings]]:
+    """Return what `read_runs` and `read_settings` do of a path, of several, or of ``{name: path}``.
+
+    A run has the name of its path, before its own name where the path holds several.
+    """
+    runs, settings = dict[str, dict[str, Curve]](), dict[str, Settings]()
+    for given, where in source.items() if isinstance(source, Mapping) else [("", source)]:
+        paths = [where] if isinstance(where, str | Path) else where
+        found, known = read_runs(paths), read_settings(paths, prefix)
+        names = {run: run if not given else given if len(found) == 1 else f"{given}/{run}" for run in found}
+        runs |= {names[run]: curves for run, curves in found.items()}
+        settings |= {names[run]: compared for run, compared in known.items()}
+    return runs, settings
 
 
 def measured(
