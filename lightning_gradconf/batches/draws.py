@@ -5,13 +5,11 @@ Nothing here touches the training loader (`loaders` says why). Draws and collati
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning_gradconf.batches.loaders import (
     Feed,
-    batch_size,
     collate,
     combined,
     draw_indices,
@@ -55,21 +53,15 @@ def draw(
                 "source='current', or pass a DataLoader as source"
             )
     sizes = dict.fromkeys(loaders, None) if unit_size == "batch" else shares(loaders, int(unit_size))
-    groups = {path: _drawn(feed, loader, sizes[path], num_units) for path, loader in loaders.items()}
+    groups: dict[str, Sequence[Sequence[Any]]] = {}
+    for path, loader in loaders.items():
+        population = None
+        if feed.overfitted is not None:  # these batches are all that is trained on
+            population = [index for batch in first_indices(loader, None, feed.overfitted) for index in batch]
+        groups[path] = draw_indices(loader, sizes[path], num_units, population)
     if indices is not None and len(loaders) == 1:
-        groups = {path: indices for path in loaders}
+        groups = dict.fromkeys(loaders, indices)
     return collated(feed.loaders, groups, feed.prepare)
-
-
-def _drawn(feed: Feed, loader: Any, size: int | None, num: int) -> Sequence[Sequence[Any]]:
-    """Groups of indices, of the batches that are overfitted if these are all that is trained on."""
-    if feed.overfitted is None:
-        return draw_indices(loader, size, num)
-    population = [index for batch in first_indices(loader, None, feed.overfitted) for index in batch]
-    size = size or batch_size(loader) or 1
-    num = min(num, len(population) // size)
-    indices = random.sample(population, num * size)
-    return [indices[i * size : (i + 1) * size] for i in range(num)]
 
 
 def first_of(feed: Feed, loader: Any, num_units: int, unit_size: int | str, seed: Sequence[int]) -> list[Unit]:

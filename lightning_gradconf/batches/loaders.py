@@ -25,6 +25,7 @@ from torch.utils.data import (
 
 from lightning_gradconf.batches.samples import WHOLE
 from lightning_gradconf.batches.structure import children, deep_copy_of, rebuild
+from lightning_gradconf.batches.units import num_samples
 
 # Of a sampler that does not say how long it is, over data that do not either, no more is taken than this.
 _ENDLESS: Final = 10_000
@@ -50,6 +51,17 @@ class Feed:
     batches: float = float("inf")
     rank: int = 0
     overfitted: int | None = None
+
+    def samples_of(self, batch: Any, batch_idx: int) -> int | None:
+        """Return how many samples a batch in training has, None if that cannot be told."""
+        sizes = [samples_at(loader, batch_idx) for loader in loaders_in(self.loaders).values()]
+        known = [size for size in sizes if size is not None]
+        if len(known) == len(sizes):
+            return min(known)
+        try:
+            return num_samples(batch)
+        except ValueError:
+            return None
 
 
 def loaders_in(structure: Any, path: str = WHOLE) -> dict[str, Any]:
@@ -155,7 +167,7 @@ def example_indices(loader: Any) -> list[Any]:
     return [flat[0], flat[len(flat) // 2], flat[-1]]
 
 
-def draw_indices(loader: Any, size: int | None, num: int) -> list[list[Any]]:
+def draw_indices(loader: Any, size: int | None, num: int, population: Sequence[Any] | None = None) -> list[list[Any]]:
     """Return up to ``num`` groups of indices drawn without replacement, from those that the loader's sampler takes.
 
     A batch sampler of the user's own may keep samples together for a reason, such as their length: then the indices of
@@ -165,8 +177,9 @@ def draw_indices(loader: Any, size: int | None, num: int) -> list[list[Any]]:
         loader: A loader of which `has_items` is true.
         size: Indices in a group; None is as many as in a batch.
         num: How many groups; fewer if there are not so many.
+        population: Draw from these indices alone.
     """
-    flat = _flat(loader)
+    flat = _flat(loader) if population is None else population
     if flat is None:
         found = _batches(loader, size)
         return random.sample(found, min(num, len(found)))

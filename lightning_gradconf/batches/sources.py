@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from lightning_gradconf.batches.draws import draw, first_of
 from lightning_gradconf.batches.layout import Layout
-from lightning_gradconf.batches.loaders import Feed, has_items, loaders_in, samples_at, seed_everything
-from lightning_gradconf.batches.units import Origin, Unit, copy_of, num_samples, shapes_of
+from lightning_gradconf.batches.loaders import Feed, has_items, loaders_in, seed_everything
+from lightning_gradconf.batches.units import Origin, Unit, copy_of, shapes_of
 
 
 class Source:
@@ -65,18 +65,7 @@ class Source:
         if not self._cuts_current or not (due or self._over_batches):
             return
         try:
-            if first := self._layout is None:
-                with feed.isolated(feed.loaders):
-                    self._layout = Layout(feed, feed.loaders)
-            assert self._layout is not None
-            try:
-                found = self._units_of(self._layout, batch, batch_idx, None if self._over_batches else self._num_units)
-                if first and len(found) < 2 and self._unit_size == 1:
-                    self.collate_instead(feed, "the first batch has one sample, and it takes two to disagree")
-            except ValueError as error:
-                if not self.collate_instead(feed, str(error)):
-                    raise
-                return
+            found = self._units_in(feed, batch, batch_idx)
         except Exception as error:  # of this rank alone, to be raised where all ranks hear of it
             self._error = error
             return
@@ -157,16 +146,6 @@ class Source:
         """Take back `collate_instead`, which has not helped."""
         self._alone, self.remark = False, None
 
-    def samples_of(self, feed: Feed, batch: Any, batch_idx: int) -> int | None:
-        """Return how many samples a batch in training has, None if that cannot be told."""
-        sizes = [samples_at(loader, batch_idx) for loader in loaders_in(feed.loaders).values()]
-        if None not in sizes:
-            return min(size for size in sizes if size is not None)
-        try:
-            return num_samples(batch)
-        except ValueError:
-            return None
-
     def _loaders(self, feed: Feed) -> Any:
         """Return the user's own loader, or else those of the training."""
         return self._kind if isinstance(self._kind, DataLoader) else feed.loaders
@@ -197,6 +176,23 @@ class Source:
             found += self._units_of(self._layout, feed.prepare(batch), batch_idx, wanted - len(found))
             if len(found) == wanted:
                 break
+        return found
+
+    def _units_in(self, feed: Feed, batch: Any, batch_idx: int) -> list[Unit]:
+        """Return the units in a batch of the training; none where they are collated alone from now on."""
+        layout, num_units = self._layout, None if self._over_batches else self._num_units
+        if layout is None:
+            with feed.isolated(feed.loaders):
+                layout = Layout(feed, feed.loaders)
+        first, self._layout = self._layout is None, layout
+        try:
+            found = self._units_of(layout, batch, batch_idx, num_units)
+        except ValueError as error:
+            if not self.collate_instead(feed, str(error)):
+                raise
+            return []
+        if first and len(found) < 2 and self._unit_size == 1:
+            self.collate_instead(feed, "the first batch has one sample, and it takes two to disagree")
         return found
 
     def _units_of(self, layout: Layout, batch: Any, batch_idx: int, num_units: int | None) -> list[Unit]:

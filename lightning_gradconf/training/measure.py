@@ -64,16 +64,14 @@ def _measured(session: Session, batch: Any, batch_idx: int, step: int) -> list[M
     session.loss.batch_idx, session.loss.skipped = batch_idx, True
     before = digests(trainer, module) if session.settings.verify and session.n is None else {}
     feed = feed_of(trainer, module)
+    found: list[Measurement] = []
     with _isolated(session, feed):
-        units = _units(session, feed, batch, batch_idx, step)
-        too_few = units is not None and len(units) < _fewest_units(session)
-        if units is None or too_few:
-            found = []
-        else:
-            found = _measurements(session, units, session.source.samples_of(feed, batch, batch_idx), step)
+        units, fewest = _units(session, feed, batch, batch_idx, step), _fewest_units(session)
+        if units is not None and len(units) >= fewest:
+            found = _measurements(session, units, feed.samples_of(batch, batch_idx), step)
     if before and not _left_no_trace(session, before):
         return []
-    if units is not None and too_few and session.n is None:  # later, a batch that is large enough may come
+    if units is not None and len(units) < fewest and session.n is None:  # later, a larger batch may come
         session.switch_off(
             f"measures nothing in this run. source={session.settings.source!r} gives {len(units)} unit(s) of unit_size="
             f"{session.settings.unit_size!r}, and it takes two to disagree; use a smaller unit_size, "
