@@ -26,8 +26,7 @@ from lightning_gradconf.batches.layout import Layout
 from lightning_gradconf.gram.ranks import data_parallel as distributed
 from lightning_gradconf.gram.ranks import factor_exchange as factors
 from lightning_gradconf.reports import report
-from lightning_gradconf.training import measure
-from lightning_gradconf.training import training_step as probe
+from lightning_gradconf.training import isolation, measure
 
 
 class Net(Module):
@@ -130,7 +129,7 @@ class Break(pl.Callback):
             raise RuntimeError("broken on rank 1")
 
         owner, name = {
-            "isolation": (probe, "untouched"),
+            "isolation": (isolation, "untouched"),
             "sampling": (Layout, "units"),
             "preparation": (measure, "prepare_step"),
             "plan": (distributed, "bytes_for_gradients"),

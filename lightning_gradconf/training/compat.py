@@ -27,7 +27,7 @@ if not NAMESPACES:
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as Callback
-    from pytorch_lightning import Trainer
+    from pytorch_lightning import LightningModule, Trainer
 
     class MisconfigurationException(Exception):
         """Misuse of a Trainer."""
@@ -77,6 +77,15 @@ def only_refreshes_statistics(trainer: Trainer) -> bool:
 def stops_early(trainer: Trainer) -> bool:
     """Return whether ``should_stop`` ends the epoch now; it waits for ``min_epochs`` and ``min_steps``."""
     return bool(trainer.should_stop and trainer.fit_loop._can_stop_early)
+
+
+def is_overridden(module: LightningModule, hook: str) -> bool:
+    """Return whether a hook of a module is not Lightning's own.
+
+    Lightning's function of this name needs the code of the hook, which an object with ``__call__`` does not have.
+    """
+    origin = getattr(getattr(module, hook), "__module__", "")
+    return not origin.startswith(("lightning.", "pytorch_lightning."))
 
 
 def has_argument(trainer: Trainer, hook: Callable[..., Any], name: str, **options: Any) -> bool:

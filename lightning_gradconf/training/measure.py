@@ -19,8 +19,9 @@ from lightning_gradconf.gram.ranks.process_group import Ranks
 from lightning_gradconf.gram.select import gram_of_units, in_words
 from lightning_gradconf.reports.report import Measurement
 from lightning_gradconf.training.feed import feed_of
+from lightning_gradconf.training.isolation import digests
 from lightning_gradconf.training.progress import shown
-from lightning_gradconf.training.training_step import StepLoss, digests, objectives, prepare_step
+from lightning_gradconf.training.training_step import StepLoss, objectives, prepare_step
 
 if TYPE_CHECKING:
     from lightning_gradconf.training.session import Session
@@ -66,7 +67,9 @@ def _measured(session: Session, batch: Any, batch_idx: int, step: int) -> list[M
     feed = feed_of(trainer, module)
     found: list[Measurement] = []
     with _isolated(session, feed):
-        units, fewest = _units(session, feed, batch, batch_idx, step), _fewest_units(session)
+        units = _units(session, feed, batch, batch_idx, step)
+        # Two gradients to compare, of this rank or of several, and later n.
+        fewest = session.n or (1 if session.ranks.size > 1 and not session.sharded else 2)
         if units is not None and len(units) >= fewest:
             found = _measurements(session, units, feed.samples_of(batch, batch_idx), step)
     if before and not _left_no_trace(session, before):
@@ -102,11 +105,6 @@ def _units(session: Session, feed: Feed, batch: Any, batch_idx: int, step: int) 
     units = session.ranks.run_on_all_ranks(prepare)
     n = session.ranks.minimum(-1 if units is None else len(units))
     return None if units is None or n < 0 else units[len(units) - n :]
-
-
-def _fewest_units(session: Session) -> int:
-    """Return how many units of this rank make a measurement: two gradients to compare, and later n."""
-    return session.n or (1 if session.ranks.size > 1 and not session.sharded else 2)
 
 
 def _measurements(
