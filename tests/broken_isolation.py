@@ -38,10 +38,11 @@ TESTS = (
 )
 SELECTION = "not (epochs or fixed or batches)"  # the other ways of taking units are enough to notice
 
-ISOLATION, RESTORING, NO_TRACE, STEP, MANUAL, OBJECTIVE, VMAP, UNITS, SESSION, LAYERS = (
+ISOLATION, RESTORING, NO_TRACE, MEASURE, STEP, MANUAL, OBJECTIVE, VMAP, UNITS, SESSION, LAYERS = (
     "gram/module_state.py",
     "gram/restoring.py",
     "training/isolation.py",
+    "training/measure.py",
     "training/training_step.py",
     "training/manual_optimization.py",
     "gram/objective.py",
@@ -105,7 +106,7 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     "what torch warns of once": (NO_TRACE, "torch.set_warn_always(True)", "pass"),
     "filters of warnings": (ISOLATION, "        filters[:] = saved", "        pass"),
     "compiled code runs eagerly": (NO_TRACE, 'torch.compiler.set_stance("force_eager")', "ExitStack()"),
-    "the module's own hook": (STEP, 'if not is_overridden(module, "on_train_batch_start"):', "if True:"),
+    "the module's own hook": (MEASURE, 'if not is_overridden(module, "on_train_batch_start"):', "if True:"),
     "the precision plugin's context": (STEP, "trainer.precision_plugin.train_step_context()", "ExitStack()"),
     "steps of optimizers": (MANUAL, 'vars(optimizer)["step"] = self._step(i)', "pass"),
     "other methods of optimizers": (MANUAL, "vars(optimizer)[name] = _do_nothing", "pass"),

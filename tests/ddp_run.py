@@ -131,7 +131,7 @@ class Break(pl.Callback):
         owner, name = {
             "isolation": (isolation, "untouched"),
             "sampling": (Layout, "units"),
-            "preparation": (measure, "prepare_step"),
+            "preparation": (measure, "is_overridden"),
             "plan": (distributed, "bytes_for_gradients"),
             "forward": (type(module), "measured_loss"),
             "block": (type(module), "measured_loss"),

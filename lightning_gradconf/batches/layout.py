@@ -207,7 +207,7 @@ def _grow(path: str, nodes: tuple[Any, Any, Any], again: Any, places: SamplePlac
 
 
 def _agree(a: Any, b: Any, drawn: set[str], path: str = WHOLE) -> bool:
-    """Whether a unit cut out of a batch is one collated alone, but for padding and random numbers."""
+    """Return whether a unit cut out of a batch is one collated alone, but for padding and random numbers."""
     if path in drawn:
         return True
     if isinstance(a, Tensor) or is_array(a):

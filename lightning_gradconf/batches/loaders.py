@@ -227,13 +227,13 @@ def seed_everything(seed: Sequence[int]) -> None:
 
 
 def _groups(loader: Any) -> Any:
-    """What yields the indices of whole batches: the batch sampler, or one that is handed in as ``sampler``."""
+    """Return what yields the indices of whole batches: the batch sampler, or one that is handed in as ``sampler``."""
     groups = getattr(loader, "batch_sampler", None)
     return getattr(loader, "sampler", None) if groups is None else groups
 
 
 def _flat(loader: Any) -> Sequence[Any] | None:
-    """The indices that a loader takes, None where a batch sampler of the user's own puts them together."""
+    """Return the indices that a loader takes, None where a batch sampler of the user's own puts them together."""
     groups = _groups(loader)
     if groups is None:  # a loader of the user's own
         return range(len(loader.dataset))
@@ -246,7 +246,7 @@ def _flat(loader: Any) -> Sequence[Any] | None:
 
 
 def _batches(loader: Any, size: int | None) -> list[list[Any]]:
-    """The indices of each batch, in groups of ``size``; whole, but for a short last one, if that is None."""
+    """Return the indices of each batch, in groups of ``size``; whole, but for a short last one, if that is None."""
     groups = _groups(loader)
     found = [list(group) for group in islice(groups, _most(groups, loader))]
     if size is None:
@@ -256,7 +256,7 @@ def _batches(loader: Any, size: int | None) -> list[list[Any]]:
 
 
 def _most(sampler: Any, loader: Any) -> int:
-    """How much to take of a sampler, which may be endless."""
+    """Return how much to take of a sampler, which may be endless."""
     sizes = []
     for owner in (sampler, loader.dataset):
         try:
@@ -267,11 +267,11 @@ def _most(sampler: Any, loader: Any) -> int:
 
 
 def _dataset_collates(loader: Any) -> bool:
-    """Whether the dataset is asked for all indices of a batch at once, without a batch sampler."""
+    """Return whether the dataset is asked for all indices of a batch at once, without a batch sampler."""
     return getattr(loader, "batch_sampler", loader) is None
 
 
 def _of_batches(loader: Any) -> bool:
-    """Whether an item of the dataset is a whole batch already."""
+    """Return whether an item of the dataset is a whole batch already."""
     plain = (RandomSampler, SequentialSampler, DistributedSampler)
     return _dataset_collates(loader) and isinstance(getattr(loader, "sampler", None), plain)

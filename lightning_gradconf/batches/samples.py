@@ -126,7 +126,7 @@ def cut(batch: Any, places: SamplePlaces, sizes: Mapping[str, int], num_units: i
     n = available if num_units is None else min(num_units, available)
 
     def own(node: Any, path: str) -> list[Any]:
-        """What each unit has of a part of the batch."""
+        """Return what each unit has of a part of the batch."""
         if path in places:
             where = places[path]
             if where is None:
@@ -175,7 +175,7 @@ def part(batch: Any, path: str) -> Any:
 
 
 def _samples_of_lists(batch: Any) -> int | None:
-    """The number of samples where they lie along lists, not along dimension 0 of tensors; None elsewhere.
+    """Return the number of samples where they lie along lists, not along dimension 0 of tensors; None elsewhere.
 
     Only a list of mappings tells: a list of tensors may as well be several inputs, each of many samples.
     """
@@ -189,12 +189,12 @@ def _samples_of_lists(batch: Any) -> int | None:
 
 
 def _is_list_of_mappings(node: Any) -> bool:
-    """Whether ``node`` is a list of dictionaries, one a sample."""
+    """Return whether ``node`` is a list of dictionaries, one a sample."""
     return isinstance(node, list | tuple) and bool(node) and all(isinstance(entry, Mapping) for entry in node)
 
 
 def _one_a_sample(leaf: Any, size: int) -> bool:
-    """Whether a leaf that is no tensor holds one entry for each of ``size`` samples."""
+    """Return whether a leaf that is no tensor holds one entry for each of ``size`` samples."""
     return (isinstance(leaf, list | tuple) or hasattr(leaf, "__array__")) and len(leaf) == size
 
 

@@ -77,7 +77,7 @@ class Source:
         self._recent.extend(found)
 
     def ready(self, n: int | None) -> bool:
-        """Whether there are n units; before n is known, as many as there can be, which then decides on n."""
+        """Return whether there are n units; before n is known, as many as there can be, which then decides on n."""
         if not self._cuts_current or self._error is not None:
             return True
         if n is not None:
@@ -151,7 +151,7 @@ class Source:
         return self._kind if isinstance(self._kind, DataLoader) else feed.loaders
 
     def _can_collate(self, feed: Feed) -> bool:
-        """Whether units are cut out of batches now, and could be collated alone."""
+        """Return whether units are cut out of batches now, and could be collated alone."""
         if self._unit_size == "batch" or self._alone or self._kind in ("fresh", "fixed"):
             return False
         return all(map(has_items, loaders_in(self._loaders(feed)).values()))
@@ -163,7 +163,7 @@ class Source:
         return draw(feed, wanted, self._unit_size, seed)
 
     def _read(self, feed: Feed, loader: DataLoader[Any], wanted: int, step: int) -> list[Unit]:
-        """The first units of a loader of the user's, started anew."""
+        """Return the first units of a loader of the user's, started anew."""
         if self._layout is None:
             self._layout = Layout(feed, loader)
         if self._layout.reason is not None:
@@ -196,7 +196,7 @@ class Source:
         return found
 
     def _units_of(self, layout: Layout, batch: Any, batch_idx: int, num_units: int | None) -> list[Unit]:
-        """The units in a batch; with ``unit_size="batch"`` it is one, unless it is shorter than others."""
+        """Return the units in a batch; with ``unit_size="batch"`` it is one, unless it is shorter than others."""
         if self._unit_size != "batch":
             found = layout.units(batch, batch_idx, int(self._unit_size), num_units)
             self._last_cut = found[-1] if found else None

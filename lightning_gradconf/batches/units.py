@@ -153,7 +153,7 @@ def class_of(batch: Any, labels: str | int | Callable[[Any], Any]) -> int:
 
 
 def _entries(batch: Any) -> str:
-    """What a batch has its classes under, in words."""
+    """Return what a batch has its classes under, in words."""
     if isinstance(batch, Mapping):
         return f"which has the keys {', '.join(map(repr, batch))}"
     if isinstance(batch, list | tuple):

@@ -95,7 +95,7 @@ def show_table(logger: Any, tag: str, rows: Sequence[Mapping[str, str]], step: i
 
 
 def _pixels(figure: Figure) -> np.ndarray[Any, Any]:
-    """A figure as ``(height, width, 3)``."""
+    """Return a figure as ``(height, width, 3)``."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

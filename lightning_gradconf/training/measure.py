@@ -18,12 +18,15 @@ from lightning_gradconf.gram.ranks import sharded
 from lightning_gradconf.gram.ranks.process_group import Ranks
 from lightning_gradconf.gram.select import gram_of_units, in_words
 from lightning_gradconf.reports.report import Measurement
+from lightning_gradconf.training.compat import is_overridden
 from lightning_gradconf.training.feed import feed_of
 from lightning_gradconf.training.isolation import digests
 from lightning_gradconf.training.progress import shown
-from lightning_gradconf.training.training_step import StepLoss, objectives, prepare_step
+from lightning_gradconf.training.training_step import StepLoss, objectives
 
 if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule
+
     from lightning_gradconf.training.session import Session
 
 
@@ -97,14 +100,21 @@ def _isolated(session: Session, feed: Feed) -> Iterator[None]:
 def _units(session: Session, feed: Feed, batch: Any, batch_idx: int, step: int) -> list[Unit] | None:
     """Return the units of this rank, as many as on each other rank; None where the module skips this batch."""
 
-    def prepare() -> list[Unit] | None:
-        if not prepare_step(session.module, copy_of(batch), batch_idx):
+    def given() -> list[Unit] | None:
+        if _skips(session.module, copy_of(batch), batch_idx):
             return None
         return session.source.units(feed, session.n or session.settings.num_units, step)
 
-    units = session.ranks.run_on_all_ranks(prepare)
+    units = session.ranks.run_on_all_ranks(given)
     n = session.ranks.minimum(-1 if units is None else len(units))
     return None if units is None or n < 0 else units[len(units) - n :]
+
+
+def _skips(module: LightningModule, batch: Any, batch_idx: int) -> bool:
+    """Run the module's own ``on_train_batch_start``, where it has one, and return whether it skips the batch."""
+    if not is_overridden(module, "on_train_batch_start"):
+        return False
+    return module.on_train_batch_start(batch, batch_idx) == -1
 
 
 def _measurements(
@@ -192,7 +202,7 @@ def advice(session: Session, batch: Any, batch_idx: int, step: int) -> str:
         try:
             source.see(feed, batch, batch_idx, due=True)
             with feed.isolated(source.reads(feed)):
-                prepare_step(module, copy_of(batch), batch_idx)
+                _skips(module, copy_of(batch), batch_idx)  # which may prepare the module for the batch
                 target = objective(module, loss, settings.parameters)
                 (unit,) = source.units(feed, 1, step)
                 gram_of_units(Ranks(target.device), target, [unit.batch], unit_size, "loop", dropout=settings.dropout)

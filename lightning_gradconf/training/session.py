@@ -161,11 +161,6 @@ class Session:
         """Measure now if that is wanted, and publish what each loss of the step says.
 
         Nothing is measured if the module skips this batch, units are too few, or something fails.
-
-        Args:
-            batch: The batch in training, or the last one.
-            batch_idx: Its index.
-            step: The step that it is logged at.
         """
         if not self._is_wanted():
             return []
@@ -201,7 +196,7 @@ class Session:
     def _report_on(self, name: str) -> Report:
         """Return what reports the measurements of a loss, by its name."""
         if name not in self.reports:
-            given, prefix = self.settings, "/".join(filter(None, (self.settings.prefix, name)))
+            given, prefix = self.settings, f"{self.settings.prefix}/{name}" if name else self.settings.prefix
             what = (given.statistics, given.per_layer, given.histogram, given.figures, given.top_pairs)
             self.reports[name] = Report(*what, prefix)
         return self.reports[name]

@@ -14,7 +14,7 @@ from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.metric_answers import answered
 from lightning_gradconf.gram.module_state import untouched
 from lightning_gradconf.gram.objective import Objective, objective
-from lightning_gradconf.training.compat import has_argument, is_overridden
+from lightning_gradconf.training.compat import has_argument
 from lightning_gradconf.training.manual_optimization import ManualLoss, ManualOptimization
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class StepLoss:
 
 
 def _loss_in(output: Any) -> Tensor | None:
-    """The loss in what an automatically optimised ``training_step`` returns."""
+    """Return the loss in what an automatically optimised ``training_step`` returns."""
     if not isinstance(output, Mapping):
         return output  # type: ignore[no-any-return]
     if "loss" not in output:
@@ -134,10 +134,3 @@ def objectives(
             of_call = loss.of_call(one.call)
             found.append(StepObjective(one.name, of_call, Objective(module, of_call, own, constants)))
     return found
-
-
-def prepare_step(module: LightningModule, batch: Any, batch_idx: int) -> bool:
-    """Run the module's own ``on_train_batch_start``, where it has one; False if it skips the batch."""
-    if not is_overridden(module, "on_train_batch_start"):
-        return True
-    return module.on_train_batch_start(batch, batch_idx) != -1
