@@ -146,6 +146,16 @@ def test_reads_the_settings_that_were_logged_last(tmp_path, logger_class):
     assert read_runs([tmp_path]) == {"version_0": CURVES}, "settings are no curves"
 
 
+@pytest.mark.parametrize("logger_class", [TensorBoardLogger, CSVLogger])
+def test_reads_the_settings_of_a_prefix_of_two_words(tmp_path, logger_class):
+    logger = logger_class(tmp_path, name="run")
+    logger.log_metrics({"conflict/of layers/min_cosine": 0.5}, 0)
+    show_table(logger, "conflict/of layers/settings", [row_of(Settings(32, 1, "ghost"))], 0)
+    logger.save()
+    logger.finalize("success")
+    assert read_settings([tmp_path], "conflict/of layers") == {"version_0": Settings(32, 1, "ghost")}
+
+
 def test_a_run_without_settings_has_none(tmp_path):
     write(TensorBoardLogger(tmp_path, name="new"), LOGGED, Settings(15, 128, "ghost"))
     write(TensorBoardLogger(tmp_path, name="old"))

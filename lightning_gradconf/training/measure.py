@@ -60,7 +60,6 @@ def measured(session: Session, batch: Any, batch_idx: int, step: int) -> list[Me
 def _measured(session: Session, batch: Any, batch_idx: int, step: int) -> list[Measurement]:
     """Return the measurements of the units that the source gives now, and see that they leave no trace."""
     trainer, module = session.trainer, session.module
-    session.schedule.owed = True  # until there is a measurement
     if not any(p.requires_grad for p in module.parameters()):  # all of it is frozen, for now
         return []
     if session.sharded:

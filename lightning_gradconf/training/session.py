@@ -152,7 +152,7 @@ class Session:
         except Exception as error:
             self._count_failure(error)
             return False
-        self.schedule.owed = bool(self.ranks.minimum(wanted))
+        self.schedule.owed = bool(self.ranks.minimum(wanted))  # until there is a measurement
         return self.schedule.owed
 
     # ---- a measurement: units, their Gram, the report ---------------------------------------------------------------
