@@ -34,7 +34,7 @@ from lightning_gradconf import gradient_gram
 from lightning_gradconf.batches.units import split
 from lightning_gradconf.gram.blockwise import make_plan
 from lightning_gradconf.gram.objective import objective, sizes
-from lightning_gradconf.gram.ranks.process_group import joined
+from lightning_gradconf.gram.ranks.process_group import new_process_group
 from lightning_gradconf.gram.select import gram_of_units
 
 ENGINES = ("ghost", "vmap", "loop")
@@ -105,7 +105,7 @@ def on_rank(rank: int, ranks: int, folder: str, engine: str, n: int, share: floa
     p = sum(parameter.numel() for parameter in model.parameters())
     generator = torch.Generator().manual_seed(rank)
     units = split((torch.randn(n, 64, generator=generator), torch.arange(n) % 10), 1)
-    target, together = objective(model, loss_of), joined(torch.device("cpu"))
+    target, together = objective(model, loss_of), new_process_group(torch.device("cpu"))
     budget = None if share is None else int(share * n * p * 4)
     sent = []
     exchange, gather = dist.all_to_all_single, dist.gather
