@@ -65,7 +65,7 @@ def _measured(session: Session, batch: Any, batch_idx: int, step: int) -> list[M
     if session.sharded:
         sharded.reshard(module)
     session.loss.batch_idx, session.loss.skipped = batch_idx, True
-    before = digests(trainer, module) if session.settings.verify and session.n is None else {}
+    before = digests(trainer, module) if session.callback.verify and session.n is None else {}
     feed = feed_of(trainer, module)
     found: list[Measurement] = []
     with _isolated(session, feed):
@@ -78,8 +78,8 @@ def _measured(session: Session, batch: Any, batch_idx: int, step: int) -> list[M
         return []
     if units is not None and len(units) < fewest and session.n is None:  # later, a larger batch may come
         session.switch_off(
-            f"measures nothing in this run. source={session.settings.source!r} gives {len(units)} unit(s) of unit_size="
-            f"{session.settings.unit_size!r}, and it takes two to disagree; use a smaller unit_size, "
+            f"measures nothing in this run. source={session.callback.source!r} gives {len(units)} unit(s) of unit_size="
+            f"{session.callback.unit_size!r}, and it takes two to disagree; use a smaller unit_size, "
             "unit_size='batch', or source='fresh'."
         )
     return found
@@ -102,7 +102,7 @@ def _units(session: Session, feed: Feed, batch: Any, batch_idx: int, step: int) 
     def given() -> list[Unit] | None:
         if _skips(session.module, copy_of(batch), batch_idx):
             return None
-        return session.source.units(feed, session.n or session.settings.num_units, step)
+        return session.source.units(feed, session.n or session.callback.num_units, step)
 
     units = session.ranks.run_on_all_ranks(given)
     n = session.ranks.minimum(-1 if units is None else len(units))
@@ -123,10 +123,10 @@ def _measurements(
 
     ``train_batch_size`` is the number of samples in a batch of the training, None if they cannot be told.
     """
-    module, ranks, settings, unit_size = session.module, session.ranks, session.settings, units[0].size
+    module, ranks, callback, unit_size = session.module, session.ranks, session.callback, units[0].size
     about = _about(session, units)
-    mode = MeasurementMode(running_statistics=unit_size == 1, dropout=settings.dropout)
-    parts = ranks.run_on_all_ranks(lambda: objectives(session.loss, module, settings.parameters, units[0].batch, mode))
+    mode = MeasurementMode(running_statistics=unit_size == 1, dropout=callback.dropout)
+    parts = ranks.run_on_all_ranks(lambda: objectives(session.loss, module, callback.parameters, units[0].batch, mode))
     if session.loss.manual is not None:  # the losses that all ranks have
         parts = parts[: ranks.minimum(len(parts))]
     # A unit that spans the ranks has such a part on each of them.
@@ -141,13 +141,13 @@ def _measurements(
 
 def _about(session: Session, units: Sequence[Unit]) -> dict[str, Any]:
     """Return the origins, classes and samples of all ranks' units, those that are wanted, as of `Measurement`."""
-    ranks, labels, about = session.ranks, session.settings.labels, dict[str, Any]()
+    ranks, labels, about = session.ranks, session.callback.labels, dict[str, Any]()
     if session.sharded:
         return about
     if labels is not None:
         classes = ranks.run_on_all_ranks(lambda: [class_of(unit.batch, labels) for unit in units])
         about["labels"] = torch.tensor(ranks.gather(classes))
-    if session.settings.top_pairs > 0:
+    if session.callback.top_pairs > 0:
         alone = ranks.size == 1
         rank = None if alone else session.trainer.global_rank
         about["origins"] = ranks.gather([unit.origin._replace(rank=rank) for unit in units])
@@ -160,17 +160,17 @@ def _grams(
     session: Session, target: Objective, units: Sequence[Unit], train_batch_size: int | None
 ) -> tuple[dict[str, Tensor], str]:
     """Return the Gram of each parameter for one loss of the step, and the engine that computed them."""
-    settings, batches, unit_size = session.settings, [unit.batch for unit in units], units[0].size
+    callback, batches, unit_size = session.callback, [unit.batch for unit in units], units[0].size
     with shown(session.trainer) as progress:
         options: dict[str, Any] = {
-            "dropout": settings.dropout,
-            "memory_budget": settings.memory_budget,
+            "dropout": callback.dropout,
+            "memory_budget": callback.memory_budget,
             "progress": progress,
         }
         if session.sharded:
             return sharded.gram_of_units(session.ranks, target, batches, unit_size, **options), "loop"
         return gram_of_units(
-            session.ranks, target, batches, unit_size, settings.engine, train_batch_size=train_batch_size, **options
+            session.ranks, target, batches, unit_size, callback.engine, train_batch_size=train_batch_size, **options
         )
 
 
@@ -189,22 +189,22 @@ def _left_no_trace(session: Session, before: dict[str, bytes]) -> bool:
 
 def advice(session: Session, batch: Any, batch_idx: int, step: int) -> str:
     """Return what to do about a module that fails on a batch of one sample and not on one of two; else nothing."""
-    if session.settings.unit_size != 1 or session.ranks.size > 1 or session.loss.manual is not None:
+    if session.callback.unit_size != 1 or session.ranks.size > 1 or session.loss.manual is not None:
         return ""
 
     def works(unit_size: int) -> bool:
         """Return whether the module's loss has a gradient on a unit of so many samples."""
-        settings, module, feed = session.settings, session.module, feed_of(session.trainer, session.module)
-        source = Source(settings.source, unit_size, 1, settings.seed, over_batches=False)
-        loss = StepLoss(session.trainer, settings.loss_fn)
+        callback, module, feed = session.callback, session.module, feed_of(session.trainer, session.module)
+        source = Source(callback.source, unit_size, 1, callback.seed, over_batches=False)
+        loss = StepLoss(session.trainer, callback.loss_fn)
         loss.batch_idx = batch_idx
         try:
             source.see(feed, batch, batch_idx, due=True)
             with feed.isolated(source.reads(feed)):
                 _skips(module, copy_of(batch), batch_idx)  # which may prepare the module for the batch
-                target = objective(module, loss, settings.parameters)
+                target = objective(module, loss, callback.parameters)
                 (unit,) = source.units(feed, 1, step)
-                gram_of_units(Ranks(target.device), target, [unit.batch], unit_size, "loop", dropout=settings.dropout)
+                gram_of_units(Ranks(target.device), target, [unit.batch], unit_size, "loop", dropout=callback.dropout)
         except Exception:
             return False
         return True

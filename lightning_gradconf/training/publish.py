@@ -22,7 +22,7 @@ def publish(session: Session, report: Report, reading: Reading) -> None:
     trainer, measurement, lowest = session.trainer, reading.measurement, f"{report.prefix}/min_cosine"
     metrics = {f"{report.prefix}/{name}": value for name, value in reading.statistics.items()}
     metrics |= {f"{lowest}/{layer}": value for layer, value in reading.layers.items()}
-    in_bar = [lowest] if session.settings.prog_bar and lowest in metrics else []
+    in_bar = [lowest] if session.callback.prog_bar and lowest in metrics else []
     add_metrics(trainer, metrics, in_bar)
     loggers: list[Any] = trainer.loggers
     for logger in loggers:
@@ -37,7 +37,7 @@ def publish(session: Session, report: Report, reading: Reading) -> None:
 
 def publish_again(session: Session, statistics: dict[str, float]) -> None:
     """Give callbacks that monitor a key the values from before a run was resumed, until there are new ones."""
-    add_metrics(session.trainer, {f"{session.settings.prefix}/{name}": value for name, value in statistics.items()})
+    add_metrics(session.trainer, {f"{session.callback.prefix}/{name}": value for name, value in statistics.items()})
 
 
 def conclude(session: Session) -> None:

@@ -42,7 +42,7 @@ class Session:
     """The state of one run that is measured.
 
     Args:
-        settings: The callback, whose arguments say what to measure.
+        callback: The callback, whose arguments say what to measure.
         trainer: The running Trainer.
         module: Its LightningModule.
         state: What `state_dict` returned in an earlier part of the run; empty for a run from the beginning.
@@ -61,24 +61,24 @@ class Session:
     """
 
     def __init__(
-        self, settings: GradientConfusionCallback, trainer: Trainer, module: LightningModule, state: Mapping[str, Any]
+        self, callback: GradientConfusionCallback, trainer: Trainer, module: LightningModule, state: Mapping[str, Any]
     ) -> None:
-        self.settings, self.trainer, self.module = settings, trainer, module
+        self.callback, self.trainer, self.module = callback, trainer, module
         self.active = True
         self.n: int | None = None
-        self.schedule = Schedule(interval_in_steps(settings.every_n_train_steps, trainer), settings.every_n_epochs)
+        self.schedule = Schedule(interval_in_steps(callback.every_n_train_steps, trainer), callback.every_n_epochs)
         self.overhead = Overhead(module.device)
         self.fixed: list[Any] = []
         self._load(state)
-        over_batches = settings.every_n_epochs is not None
+        over_batches = callback.every_n_epochs is not None
         several = trainer.world_size > 1
         fixed = self.fixed[trainer.global_rank] if len(self.fixed) == trainer.world_size else None
         self.source = Source(
-            settings.source, settings.unit_size, settings.num_units, settings.seed, over_batches, fixed
+            callback.source, callback.unit_size, callback.num_units, callback.seed, over_batches, fixed
         )
         self.ranks = new_process_group(module.device, collective_timeout(trainer)) if several else Ranks(module.device)
-        manual = None if module.automatic_optimization or settings.loss_fn else ManualOptimization(trainer, module)
-        self.loss = StepLoss(trainer, settings.loss_fn, manual)
+        manual = None if module.automatic_optimization or callback.loss_fn else ManualOptimization(trainer, module)
+        self.loss = StepLoss(trainer, callback.loss_fn, manual)
         self.reports: dict[str, Report] = {}
         # The batch, its index and its step, where the end of an epoch may need them.
         self._last_batch: tuple[Any, int, int] | None = None
@@ -86,7 +86,7 @@ class Session:
         self._failures = 0
         self._advice = ""
         self._said: set[str] = set()
-        if self.sharded and (settings.labels is not None or settings.top_pairs):
+        if self.sharded and (callback.labels is not None or callback.top_pairs):
             self.warn_once("labels= and top_pairs= say nothing in this run: with FSDP a unit spans all ranks.")
 
     # ---- what a resumed run needs -----------------------------------------------------------------------------------
@@ -95,8 +95,8 @@ class Session:
         """Return what makes a resumed run go on at the steps, and with the n, of this one."""
         return {
             "n": self.n,
-            "num_units": self.settings.num_units,
-            "unit_size": self.settings.unit_size,
+            "num_units": self.callback.num_units,
+            "unit_size": self.callback.unit_size,
             "owed": self.schedule.owed,
             "stretch": self.schedule.stretch,
             "last_measured": self.schedule.last_step,
@@ -105,7 +105,7 @@ class Session:
 
     def _load(self, state: Mapping[str, Any]) -> None:
         units = ("num_units", "unit_size")
-        if any(state.get(name) != getattr(self.settings, name) for name in units):
+        if any(state.get(name) != getattr(self.callback, name) for name in units):
             return  # there is no state, or other units are compared from now on
         self.n = state["n"]
         self.schedule.owed, self.schedule.stretch = state["owed"], state["stretch"]
@@ -130,7 +130,7 @@ class Session:
 
     def after_step(self, batch: Any, batch_idx: int) -> list[Reading]:
         """Measure after the step of a batch with which an epoch ends, if it is one that is measured at its end."""
-        if not self.active or self.settings.every_n_epochs is None or only_refreshes_statistics(self.trainer):
+        if not self.active or self.callback.every_n_epochs is None or only_refreshes_statistics(self.trainer):
             return []
         step, ends = logging_step(self.trainer), self.schedule.is_due_after(self.trainer)
         self._last_batch = None if ends else (batch, batch_idx, step)  # an end is measured once
@@ -148,7 +148,7 @@ class Session:
     def _is_wanted(self) -> bool:
         """Return whether ``should_measure`` agrees on all ranks; if not, the next due step asks again."""
         try:
-            wanted = self.ranks.run_on_all_ranks(lambda: bool(self.settings.should_measure(self.trainer)))
+            wanted = self.ranks.run_on_all_ranks(lambda: bool(self.callback.should_measure(self.trainer)))
         except Exception as error:
             self._count_failure(error)
             return False
@@ -196,15 +196,15 @@ class Session:
     def _report_on(self, name: str) -> Report:
         """Return what reports the measurements of a loss, by its name."""
         if name not in self.reports:
-            given, prefix = self.settings, f"{self.settings.prefix}/{name}" if name else self.settings.prefix
+            given, prefix = self.callback, f"{self.callback.prefix}/{name}" if name else self.callback.prefix
             what = (given.statistics, given.per_layer, given.histogram, given.figures, given.top_pairs)
             self.reports[name] = Report(*what, prefix)
         return self.reports[name]
 
     def _stretch_interval(self) -> None:
         """Stretch an interval that is ours to choose until measuring keeps to its share, as rank 0 sees it."""
-        schedule, limit = self.schedule, self.settings.max_overhead
-        if limit is None or self.settings.every_n_train_steps is not None or self.settings.every_n_epochs is not None:
+        schedule, limit = self.schedule, self.callback.max_overhead
+        if limit is None or self.callback.every_n_train_steps is not None or self.callback.every_n_epochs is not None:
             return
         stretch = self.overhead.stretch(schedule.every_n_train_steps, schedule.stretch, limit)
         (stretch, *_) = self.ranks.gather([stretch])
@@ -222,13 +222,13 @@ class Session:
 
     def _fix_units(self, n: int) -> None:
         """Compare n units of this rank from now on; say so if they are fewer than were asked for."""
-        if self.settings.source == "fixed" and not self.fixed:
+        if self.callback.source == "fixed" and not self.fixed:
             self.fixed = self.ranks.gather([self.source.fixed_indices])
-        if self.n is None and n < self.settings.num_units:
+        if self.n is None and n < self.callback.num_units:
             inform(
                 self.trainer,
-                f"{n} units are compared at each measurement of this run, not num_units={self.settings.num_units}: "
-                f"source={self.settings.source!r} gives no more of unit_size={self.settings.unit_size!r}.",
+                f"{n} units are compared at each measurement of this run, not num_units={self.callback.num_units}: "
+                f"source={self.callback.source!r} gives no more of unit_size={self.callback.unit_size!r}.",
             )
         self.n = n
 
@@ -239,7 +239,7 @@ class Session:
         conclude(self)
         if self.active and self.n is None and not self._said:
             self.warn_once(
-                f"no measurement took place: {self.source.seen} units of unit_size={self.settings.unit_size!r} were "
+                f"no measurement took place: {self.source.seen} units of unit_size={self.callback.unit_size!r} were "
                 "seen, too few. Lower num_units or unit_size, or train longer."
             )
         self.ranks.leave()
@@ -247,7 +247,7 @@ class Session:
     def _say_if_batches_became_smaller(self) -> None:
         if self.n is not None and self.schedule.missed >= _MISSED:
             self.warn_once(
-                f"batches have become too small for the n={self.n} units of unit_size={self.settings.unit_size!r} that "
+                f"batches have become too small for the n={self.n} units of unit_size={self.callback.unit_size!r} that "
                 "this run compares, so its curves pause",
                 f" since step {self.schedule.last_step}. Pass num_units= that the smallest batch can give, or "
                 "source='fresh'.",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lightning_gradconf.callback import GradientConfusionCallback
 
 
-def reason_not_to_start(settings: GradientConfusionCallback, trainer: Trainer, module: LightningModule) -> str | None:
+def reason_not_to_start(callback: GradientConfusionCallback, trainer: Trainer, module: LightningModule) -> str | None:
     """Return why a run cannot be measured and what to do about it, None if it can."""
     if trainer.barebones:
         return "Trainer(barebones=True) switches logging off; measure in a run without it"
@@ -29,15 +29,15 @@ def reason_not_to_start(settings: GradientConfusionCallback, trainer: Trainer, m
             f"{type(trainer.strategy).__name__} is not supported yet; measure in a run with strategy='ddp' or on one "
             "device (devices=1)"
         )
-    if settings.loss_fn is None and has_argument(trainer, module.training_step, "dataloader_iter", explicit=True):
+    if callback.loss_fn is None and has_argument(trainer, module.training_step, "dataloader_iter", explicit=True):
         return "training_step takes a dataloader_iter, which cannot be shared; let it take (batch, batch_idx)"
-    if any(settings.source is loader for loader in loaders_in(trainer.train_dataloader).values()):
+    if any(callback.source is loader for loader in loaders_in(trainer.train_dataloader).values()):
         return "source= is the training loader itself, whose order would change; use source='fresh'"
     names = [name for name, _ in module.named_parameters()]
-    for pattern in [settings.parameters] if isinstance(settings.parameters, str) else settings.parameters or []:
+    for pattern in [callback.parameters] if isinstance(callback.parameters, str) else callback.parameters or []:
         if not any(fnmatchcase(name, pattern) for name in names):
             like = ", ".join(map(repr, names[:5]))
             return f"parameters={pattern!r} matches none of the {len(names)} parameters; their names are like {like}"
-    if settings.every_n_epochs is None and interval_in_steps(settings.every_n_train_steps, trainer) == 0:
+    if callback.every_n_epochs is None and interval_in_steps(callback.every_n_train_steps, trainer) == 0:
         return "Trainer(log_every_n_steps=0) means never; pass every_n_train_steps= to measure"
     return None
