@@ -1,10 +1,10 @@
-"""Models as people train them: padding, BatchNorm, class weights, losses of their own, metrics in the step.
+"""Models as people train them, without dropout: padding, BatchNorm, class weights, losses of their own, metrics.
 
-    python benchmarks/real.py [--models gpt2 t5] [--engine auto] [--rounds 7]
+    python benchmarks/real.py [--models gpt2 t5] [--engine auto] [--rounds 7] [--peers torchjd opacus]
 
 The table has milliseconds of one ordinary forward and backward pass of the same samples, the first measurement and a
-later one in such passes, and the largest error of the Gram beside that of the loop. One thread, processor time, in
-turns in one process, medians.
+later one in such passes, and the largest error of the Gram beside that of the loop; then a later measurement by each
+peer, or what it answers: it fails, or the Gram is wrong. One thread, processor time, in turns in one process, medians.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peers import PEERS
 from speed import Measured, compare
 from torch import Tensor, nn
 
@@ -37,6 +38,24 @@ def of_hugging_face(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return module(**batch).loss
 
 
+def mean_over_tokens(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss of each sample, a text."""
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    return losses.sum(1) / (labels != -100).sum(1)
+
+
+def of_next_tokens(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return mean_over_tokens(module(**batch).logits[:, :-1], batch["labels"][:, 1:])
+
+
+def of_labelled_tokens(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return mean_over_tokens(module(**batch).logits, batch["labels"])
+
+
+def of_labelled_samples(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(module(**batch).logits, batch["labels"], reduction="none")
+
+
 def ids(samples: int, length: int) -> Tensor:
     return torch.randint(3, 500, (samples, length))
 
@@ -54,14 +73,15 @@ def gpt2() -> Any:
     drop = {"attn_pdrop": 0, "resid_pdrop": 0, "embd_pdrop": 0}
     config = t.GPT2Config(vocab_size=1000, n_embd=256, n_layer=4, n_head=4, n_positions=128, **drop)
     x = ids(16, 128)
-    return t.GPT2LMHeadModel(config), of_hugging_face, {"input_ids": x, "labels": x.clone()}
+    return t.GPT2LMHeadModel(config), of_hugging_face, {"input_ids": x, "labels": x.clone()}, of_next_tokens
 
 
 @model
 def gpt2_padded() -> Any:
-    module, loss, batch = gpt2()
+    module, loss, batch, losses = gpt2()
     mask = padding(16, 128)
-    return module, loss, batch | {"attention_mask": mask, "labels": batch["labels"].masked_fill(mask == 0, -100)}
+    padded = {"attention_mask": mask, "labels": batch["labels"].masked_fill(mask == 0, -100)}
+    return module, loss, batch | padded, losses
 
 
 @model
@@ -69,9 +89,10 @@ def bert_padded() -> Any:
     import transformers as t
 
     sizes = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
-    module = t.BertForSequenceClassification(t.BertConfig(vocab_size=1000, **sizes))
+    drop = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+    module = t.BertForSequenceClassification(t.BertConfig(vocab_size=1000, **sizes, **drop))
     batch = {"input_ids": ids(32, 64), "attention_mask": padding(32, 64), "labels": torch.randint(2, (32,))}
-    return module, of_hugging_face, batch
+    return module, of_hugging_face, batch, of_labelled_samples
 
 
 @model
@@ -79,10 +100,11 @@ def t5_padded() -> Any:
     import transformers as t
 
     sizes = {"vocab_size": 1000, "d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_heads": 4}
-    module = t.T5ForConditionalGeneration(t.T5Config(**sizes, decoder_start_token_id=0))
+    module = t.T5ForConditionalGeneration(t.T5Config(**sizes, dropout_rate=0, decoder_start_token_id=0))
     y = ids(16, 32)
     y[::3, 20:] = -100
-    return module, of_hugging_face, {"input_ids": ids(16, 64), "attention_mask": padding(16, 64), "labels": y}
+    batch = {"input_ids": ids(16, 64), "attention_mask": padding(16, 64), "labels": y}
+    return module, of_hugging_face, batch, of_labelled_tokens
 
 
 @model
@@ -91,7 +113,8 @@ def vit() -> Any:
 
     sizes = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768}
     module = t.ViTForImageClassification(t.ViTConfig(image_size=32, patch_size=4, num_labels=10, **sizes))
-    return module, of_hugging_face, {"pixel_values": torch.randn(32, 3, 32, 32), "labels": torch.randint(10, (32,))}
+    batch = {"pixel_values": torch.randn(32, 3, 32, 32), "labels": torch.randint(10, (32,))}
+    return module, of_hugging_face, batch, of_labelled_samples
 
 
 @model
@@ -101,7 +124,7 @@ def llama() -> Any:
     sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
     x = ids(16, 128)
     module = t.LlamaForCausalLM(t.LlamaConfig(vocab_size=1000, **sizes))
-    return module, of_hugging_face, {"input_ids": x, "labels": x.clone()}
+    return module, of_hugging_face, {"input_ids": x, "labels": x.clone()}, of_next_tokens
 
 
 class Block(nn.Module):
@@ -137,9 +160,13 @@ def cross_entropy(module: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(module(batch[0]), batch[1])
 
 
+def cross_entropies(module: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1], reduction="none")
+
+
 @model
 def resnet_batchnorm() -> Any:
-    return resnet18(), cross_entropy, images()
+    return resnet18(), cross_entropy, images(), cross_entropies
 
 
 @model
@@ -149,7 +176,11 @@ def resnet_batchnorm_weights_smoothing() -> Any:
     def loss(module: nn.Module, batch: Any) -> Tensor:
         return F.cross_entropy(module(batch[0]), batch[1], weight=weight, label_smoothing=0.1)
 
-    return resnet18(), loss, images()
+    def losses(module: nn.Module, batch: Any) -> Tensor:
+        summed = F.cross_entropy(module(batch[0]), batch[1], weight=weight, label_smoothing=0.1, reduction="none")
+        return summed / weight[batch[1]]
+
+    return resnet18(), loss, images(), losses
 
 
 @model
@@ -171,23 +202,23 @@ def resnet_batchnorm_metrics() -> Any:
         module.accuracy(out.detach(), batch[1])
         return found
 
-    return module, loss, images()
+    return module, loss, images(), cross_entropies
 
 
 @model
 def mlp_with_a_loss_of_its_own() -> Any:
     module = nn.Sequential(nn.Linear(64, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 1))
 
-    def loss(module: nn.Module, batch: Any) -> Tensor:
-        return torch.log(torch.cosh(module(batch[0]).squeeze(-1) - batch[1])).mean()
+    def losses(module: nn.Module, batch: Any) -> Tensor:
+        return torch.log(torch.cosh(module(batch[0]).squeeze(-1) - batch[1]))
 
-    return module, loss, (torch.randn(32, 64), torch.randn(32))
+    return module, lambda module, batch: losses(module, batch).mean(), (torch.randn(32, 64), torch.randn(32)), losses
 
 
 @model
 def small_mlp() -> Any:
     module = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
-    return module, cross_entropy, (torch.randn(32, 64), torch.randint(10, (32,)))
+    return module, cross_entropy, (torch.randn(32, 64), torch.randint(10, (32,))), cross_entropies
 
 
 @model
@@ -195,7 +226,7 @@ def small_cnn() -> Any:
     first = (nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
     second = (nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2))
     module = nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(512, 10))
-    return module, cross_entropy, (torch.randn(32, 1, 8, 8), torch.randint(10, (32,)))
+    return module, cross_entropy, (torch.randn(32, 1, 8, 8), torch.randint(10, (32,))), cross_entropies
 
 
 def main() -> None:
@@ -203,12 +234,18 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    print("| model | ordinary, ms | engine | first | later | later, ms above | error |\n|---|---|---|---|---|---|---|")
+    columns = ["model", "ordinary, ms", "engine", "first", "later", "later, ms above", "error", *options.peers]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    failures = []
     for name in options.models:
-        print(f"| {name} | {compare(MODELS[name], options.engine, options.rounds)} |", flush=True)
+        row, reasons = compare(MODELS[name], options.engine, options.rounds, options.peers)
+        print(f"| {name} | {row} |", flush=True)
+        failures += [f"{name}, {reason}" for reason in reasons]
+    print("", *failures, sep="\n")
 
 
 if __name__ == "__main__":

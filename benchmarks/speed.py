@@ -14,18 +14,18 @@ import argparse
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from peers import PEERS
+from peers import PEERS, Losses
 from torch import Tensor, nn
 from workloads import WORKLOADS, Workload, build
 
 from lightning_gradconf.batches.units import split
 from lightning_gradconf.gram.objective import objective
 from lightning_gradconf.gram.ranks.process_group import Ranks
-from lightning_gradconf.gram.select import gram_of_units
+from lightning_gradconf.gram.select import gram_of_units, in_words
 
 MAIN = ("mlp", "cnn", "resnet18", "gpt", "lstm", "encoder")
 ENGINES = ("ghost", "vmap", "loop")
@@ -33,11 +33,12 @@ WRONG = 1e-2  # of the product of two norms: an error that float32 does not expl
 
 
 class Measured(NamedTuple):
-    """A model with its loss and a batch of ``unit_size`` samples for each unit."""
+    """A model with its loss, a batch of ``unit_size`` samples for each unit, and the losses of samples for others."""
 
     model: nn.Module
     loss: Callable[[Any, Any], Tensor]
     batch: Any
+    losses: Losses | None = None
     unit_size: int = 1
 
 
@@ -66,9 +67,13 @@ def engine(work: Workload | Measured, name: str, used: list[str] | None = None) 
     return measure
 
 
-def method(work: Workload, name: str) -> Callable[[], Tensor]:
+def method(work: Workload | Measured, name: str) -> Callable[[], Tensor]:
     """Return a measurement by an engine or a peer."""
-    return PEERS[name](work) if name in PEERS else engine(work, name)
+    if name not in PEERS:
+        return engine(work, name)
+    if work.losses is None:
+        raise NotImplementedError("takes the losses of samples, which this model does not give")
+    return PEERS[name](work.model, work.batch, work.losses)
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -105,18 +110,51 @@ def import_everything() -> None:
         engine(work, name)()
 
 
-def compare(build: Callable[[], Measured], name: str, rounds: int) -> str:
-    """Return a row: milliseconds of a pass, the engine, a first and a later measurement in passes, and the error."""
+def checked(work: Workload | Measured, name: str, want: Tensor) -> tuple[Callable[[], Tensor], float]:
+    """Return a measurement that has the wanted Gram, and how long the first one took.
+
+    Raises:
+        ArithmeticError: It has another Gram.
+        Exception: Whatever a library raises for a model that it does not cover.
+    """
+    function, found = method(work, name), list[Tensor]()
+    took = seconds(lambda: found.append(function()))
+    if (off := error(found[0], want)) > WRONG:
+        raise ArithmeticError(f"the Gram is wrong by {off:.2g}")
+    return function, took
+
+
+def in_a_cell(problem: Exception) -> str:
+    """Return what a table says where there is no time."""
+    return str(problem).removeprefix("the Gram is ") if isinstance(problem, ArithmeticError) else "fails"
+
+
+def compare(build: Callable[[], Measured], name: str, rounds: int, peers: Sequence[str] = ()) -> tuple[str, list[str]]:
+    """Return a row, and why peers failed.
+
+    The row has milliseconds of a pass, the engine, a first and a later measurement in passes, how many milliseconds a
+    later one is above the pass, the error, and the time of each peer in passes.
+    """
     import_everything()
     want, work, used, found = engine(build(), "loop")(), build(), list[str](), list[Tensor]()
     step, measure = ordinary(build()), engine(work, name, used)  # a step changes the statistics of BatchNorm
     step()
     first = seconds(lambda: found.append(measure()))
-    median = in_turns({"step": step, "measure": measure}, rounds)
-    base, later = median["step"], median["measure"]
+    functions: dict[str, Callable[[], object]] = {"step": step, "measure": measure}
+    cells, reasons = {}, []
+    for peer in peers:
+        try:
+            functions[peer], _ = checked(build(), peer, want)
+        except Exception as problem:
+            cells[peer] = in_a_cell(problem)
+            reasons.append(f"{peer}: {in_words(problem):.120}")
+    median = in_turns(functions, rounds)
+    base, later = median.pop("step"), median.pop("measure")
     above = 1000 * (later - base)
     off = error(found[0], want)
-    return f"{1000 * base:.3g} | {used[-1]} | {first / base:.1f} | {later / base:.2f} | {above:.1f} | {off:.0e}"
+    row = [f"{1000 * base:.3g}", used[-1], f"{first / base:.1f}", f"{later / base:.2f}", f"{above:.1f}", f"{off:.0e}"]
+    cells |= {peer: f"{taken / base:.2f}" for peer, taken in median.items()}
+    return " | ".join([*row, *(cells[peer] for peer in peers)]), reasons
 
 
 def table(name: str, methods: list[str], rounds: int) -> tuple[dict[str, str], dict[str, str]]:
@@ -127,18 +165,10 @@ def table(name: str, methods: list[str], rounds: int) -> tuple[dict[str, str], d
     first, cells, reasons = 0.0, {}, {}
     for each in methods:
         try:
-            found: list[Tensor] = []
-            function = method(build(name), each)
-            took = seconds(lambda function=function, found=found: found.append(function()))
-            if (off := error(found[0], want)) > WRONG:
-                raise ArithmeticError(f"the Gram is wrong by {off:.2g}")
-            functions[each] = function
+            functions[each], took = checked(build(name), each, want)
             first = took if each == "ghost" else first
         except Exception as problem:
-            cells[each], reasons[each] = (
-                "fails",
-                f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]:.90}",
-            )
+            cells[each], reasons[each] = in_a_cell(problem), f"{in_words(problem):.120}"
     median = in_turns(functions, rounds)
     base = median.pop("ordinary, ms")
     cells |= {each: f"{taken / base:.2f}" for each, taken in median.items()}

@@ -90,8 +90,13 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     ),
     "transforms of data": (
         ISOLATION,
-        "            for entry in value[:_MOST_TRANSFORMS]:",
+        "            for entry in islice(entries, _MOST_TRANSFORMS):",
         "            for entry in ():",
+    ),
+    "transforms of libraries": (
+        ISOLATION,
+        "isinstance(value, Dataset) or callable(value) or",
+        "isinstance(value, Dataset) or",
     ),
     "log is mute": (NO_TRACE, 'vars(part)["log"] = ', ""),
     "print is mute": (NO_TRACE, ' = vars(part)["print"]', ""),

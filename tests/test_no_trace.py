@@ -357,12 +357,24 @@ class RandomData(Data):
     def __init__(self) -> None:
         super().__init__()
         self.draws, self.rng = 0, np.random.default_rng(2)
-        self.transforms = [Jitter()]
+        self.transforms = [Composed(Jitter())]
 
     def __getitem__(self, i):
         self.draws += 1
         x, y = super().__getitem__(i)
         return self.transforms[0](x + self.rng.random(dtype=np.float32)), y
+
+
+class Composed:
+    """A transform of a library, around one of the user's; it too draws from a generator of its own."""
+
+    __module__ = "torch.nn"
+
+    def __init__(self, inner) -> None:
+        self.inner, self.rng = inner, np.random.RandomState(3)
+
+    def __call__(self, x):
+        return self.inner(x) * self.rng.randint(1, 3)
 
 
 class Jitter:

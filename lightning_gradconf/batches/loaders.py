@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 from torch.utils.data import (
     BatchSampler,
+    DataLoader,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
@@ -111,7 +112,9 @@ def collate(loader: Any, items: Sequence[Any]) -> Any:
 
 
 def batch_size(loader: Any) -> int | None:
-    """Return how many samples the loader puts in a batch; None if that is not fixed."""
+    """Return how many samples the loader puts in a batch; None if that is not fixed, or the loader does not say."""
+    if isinstance(loader, DataLoader) and not _reads_its_dataset(loader):
+        return None
     for owner in (getattr(loader, "batch_sampler", None), loader, getattr(loader, "sampler", None)):
         size = getattr(owner, "batch_size", None)
         if isinstance(size, int) and not isinstance(size, bool):
@@ -224,6 +227,14 @@ def seed_everything(seed: Sequence[int]) -> None:
     except ImportError:
         return
     np.random.seed(number)
+
+
+def _reads_its_dataset(loader: DataLoader[Any]) -> bool:
+    """Whether batches may come from the loader's ``dataset``: not from one that has neither items nor a stream.
+
+    A loader of loaders, which gives a batch of each, has some object there, and attributes that say nothing.
+    """
+    return isinstance(loader.dataset, IterableDataset) or hasattr(loader.dataset, "__getitem__")
 
 
 def _groups(loader: Any) -> Any:

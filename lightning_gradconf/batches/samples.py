@@ -29,7 +29,7 @@ def assume(batch: Any, batch_size: int | None = None, path: str = WHOLE) -> Samp
     A tensor without dimensions, or with a first dimension of 1 beside larger ones, is shared by all samples, and so is
     everything that is no tensor, but for a list as long as the batch, which holds one entry a sample. Detectors keep
     images of different sizes in lists, ``(images, targets)`` or ``[{"image": ..., ...}, ...]``: there the samples lie
-    along the lists.
+    along the lists. A tuple of dictionaries whose tensors all have one first dimension is a batch of several loaders.
 
     Args:
         batch: The batch.
@@ -39,7 +39,7 @@ def assume(batch: Any, batch_size: int | None = None, path: str = WHOLE) -> Samp
     Raises:
         ValueError: No tensor has a dimension, first dimensions differ, or their size contradicts ``batch_size``.
     """
-    if (size := _samples_of_lists(batch)) is not None:
+    if (size := _samples_of_lists(batch)) is not None and not _is_tuple_of_inputs(batch):
         if _is_list_of_mappings(batch):
             return {path: ENTRIES}
         return {path + key: ENTRIES for key, _ in children(batch)}
@@ -186,6 +186,14 @@ def _samples_of_lists(batch: Any) -> int | None:
         return None
     lengths = {len(column) for column in columns}
     return lengths.pop() if len(lengths) == 1 else None
+
+
+def _is_tuple_of_inputs(batch: Any) -> bool:
+    """Whether a tuple of dictionaries has one for each of several loaders: all tensors count the same samples."""
+    if not isinstance(batch, tuple) or not _is_list_of_mappings(batch):
+        return False
+    sizes = {leaf.shape[:1] for _, leaf in leaves(batch) if isinstance(leaf, Tensor)}
+    return len(sizes) == 1 and () not in sizes
 
 
 def _is_list_of_mappings(node: Any) -> bool:

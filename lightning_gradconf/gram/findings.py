@@ -38,6 +38,7 @@ class Findings:
     Attributes:
         shapes: Of units whose loss was computed in the ordinary way.
         generators: Random generators of Python and NumPy that the module has.
+        draws: Whether the loss drew random numbers of torch when they were recorded last.
         graphs: What was verified about each graph met.
         writes: The tensors of which each unit needs its own.
         measurements: How many there were with the ghost engine.
@@ -48,6 +49,7 @@ class Findings:
 
     shapes: set[Hashable] = field(default_factory=set)
     generators: list[Any] = field(default_factory=list)
+    draws: bool = False
     graphs: dict[Hashable, Places] = field(default_factory=dict)
     writes: SharedWrites = field(default_factory=SharedWrites)
     measurements: int = 0

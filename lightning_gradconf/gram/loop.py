@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
@@ -12,6 +13,7 @@ from torch.autograd.graph import Node
 from lightning_gradconf.batches.units import copy_of
 from lightning_gradconf.gram.module_state import rewinder
 from lightning_gradconf.gram.objective import Objective, as_rows, empty_rows, run_backward
+from lightning_gradconf.gram.restoring import restore_tensor
 
 
 def unit_gradients(objective: Objective, units: Sequence[Any]) -> dict[str, Tensor]:
@@ -20,27 +22,66 @@ def unit_gradients(objective: Objective, units: Sequence[Any]) -> dict[str, Tens
 
 
 def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
-    """Return `unit_gradients` as a function of the units alone, for calls that share the copies of the module."""
+    """Return `unit_gradients` as a function of the units alone, for calls that share the copies of the module.
+
+    Some modules do not take copies of their tensors, such as one that looks up a rate by the parameter itself. They run
+    on their own, which have their values back after each unit.
+    """
     state = objective.copies()
     versions = {name: t._version for name, t in state.items()}
     leaves = {name: state[name] for name in objective.parameters}
+    # Native BatchNorm updates its buffers without counting a version, so buffers are always renewed.
+    renewed = {name for name, tensor in objective.constants.items() if not isinstance(tensor, nn.Parameter)}
+    compared = False
     rewind = rewinder(objective.module)
+    takes_copies = True
+
+    def on_copies(unit: Any) -> dict[str, Tensor | None]:
+        nonlocal compared
+        try:
+            return objective.at(state, copy_of(unit), lambda loss: _differentiate(objective, loss, leaves))
+        finally:
+            rewind()
+            if not compared:  # writing through `data` counts no version either
+                renewed.update(_changed(objective, state))
+                compared = True
+            _refresh(objective, state, versions, renewed)
+
+    def on_its_own(unit: Any) -> dict[str, Tensor | None]:
+        try:
+            return objective.at({}, copy_of(unit), lambda loss: _differentiate(objective, loss, {}))
+        finally:
+            rewind()
+            for name, tensor in (*objective.parameters.items(), *objective.constants.items()):
+                restore_tensor(tensor, state[name].detach())
+
+    def gradient(unit: Any) -> dict[str, Tensor | None]:
+        nonlocal takes_copies
+        if not takes_copies:
+            return on_its_own(unit)
+        try:
+            return on_copies(unit)
+        except Exception as error:
+            try:
+                found = on_its_own(unit)
+            except Exception:
+                raise error from None  # the user's own, which has nothing to do with copies
+            takes_copies = False
+            return found
 
     def gradients(units: Sequence[Any]) -> dict[str, Tensor]:
         rows: dict[str, Tensor] = {}
         for i, unit in enumerate(units):
-            found = objective.at(state, copy_of(unit), lambda loss: _differentiate(objective, loss, leaves))
-            rewind()
-            _refresh(objective, state, versions)
-            for name, leaf in leaves.items():
-                gradient = found.pop(name)
-                if len(units) == 1 and gradient is not None:  # it is a row already
-                    rows[name] = as_rows(gradient, 1)
+            found = gradient(unit)
+            for name, p in objective.parameters.items():
+                row = found.pop(name)
+                if len(units) == 1 and row is not None:  # it is a row already
+                    rows[name] = as_rows(row, 1)
                     continue
                 if i == 0:
-                    rows[name] = empty_rows(leaf, len(units))
-                if gradient is not None:
-                    rows[name][i] = as_rows(gradient, 1)[0]
+                    rows[name] = empty_rows(p, len(units))
+                if row is not None:
+                    rows[name][i] = as_rows(row, 1)[0]
         return rows
 
     return gradients
@@ -61,7 +102,7 @@ def _differentiate(objective: Objective, loss: Tensor, leaves: dict[str, Tensor]
     gradients = run_backward(loss, (*live.values(), *own.values()), keep_graph=True)
     found = dict(zip(live, gradients[: len(live)], strict=True))
     more = dict(zip(own, gradients[len(live) :], strict=True))
-    return {name: _sum(found.get(name), more.get(name)) for name in leaves}
+    return {name: _sum(found.get(name), more.get(name)) for name in objective.parameters}
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -93,7 +134,8 @@ def _differentiate_everything(
         p.grad = None
     try:
         run_backward(loss, (), keep_graph=True)
-        return {name: _sum(leaf.grad, objective.parameters[name].grad) for name, leaf in leaves.items()}
+        found = {name: leaf.grad for name, leaf in leaves.items()}
+        return {name: _sum(found.get(name), p.grad) for name, p in objective.parameters.items()}
     finally:
         for p, gradient in zip(own, held, strict=True):
             p.grad = gradient
@@ -101,12 +143,31 @@ def _differentiate_everything(
             leaf.grad = None
 
 
-def _refresh(objective: Objective, state: dict[str, Tensor], versions: dict[str, int]) -> None:
-    """Undo what a unit's pass wrote into the copies, so that every unit meets the same module."""
-    originals = {**objective.parameters, **objective.constants}
+def _originals(objective: Objective) -> dict[str, Tensor]:
+    return {**objective.parameters, **objective.constants}
+
+
+def _changed(objective: Objective, state: dict[str, Tensor]) -> list[str]:
+    """Return which of the copies have other values than the module."""
+    return [name for name, tensor in _originals(objective).items() if not _equal(state[name].detach(), tensor.detach())]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.layout is torch.strided and torch.equal(a, b)
+
+
+def _refresh(objective: Objective, state: dict[str, Tensor], versions: dict[str, int], renewed: set[str]) -> None:
+    """Undo what a unit's pass wrote into the copies, so that every unit meets the same module.
+
+    Args:
+        objective: What is differentiated.
+        state: The copies.
+        versions: Of each, before the pass.
+        renewed: Which may have changed without another version.
+    """
+    originals = _originals(objective)
     for name, copy in state.items():
-        # Native BatchNorm updates its buffers without counting a version, so buffers are always renewed.
-        if copy._version != versions[name] or not isinstance(originals[name], nn.Parameter):
+        if copy._version != versions[name] or name in renewed:
             copy.data.copy_(originals[name])
             versions[name] = copy._version
         if not copy.requires_grad and name in objective.parameters:

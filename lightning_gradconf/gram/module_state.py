@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -247,10 +248,11 @@ class _Memory:
         self.seen[id(value)] = value
         if isinstance(value, list) and len(value) <= _MOST_ENTRIES:
             self.containers.append(partial(restore_sequence, value, list(value)))
-        if isinstance(value, list | tuple):
-            for entry in value[:_MOST_TRANSFORMS]:
+        if isinstance(value, list | tuple | dict):
+            entries = value.values() if isinstance(value, dict) else value
+            for entry in islice(entries, _MOST_TRANSFORMS):
                 self.remember_data(entry)
-        elif hasattr(value, "__dict__") and (isinstance(value, Dataset) or self._is_users(value)):
+        elif not isinstance(value, type) and hasattr(value, "__dict__") and self._is_read(value):
             self.remember_attributes(value)
 
     def remember_attributes(self, value: Any) -> None:
@@ -260,6 +262,10 @@ class _Memory:
         for name, entry in vars(value).items():
             if name not in _NOT_FOLLOWED:
                 self.remember_data(entry)
+
+    def _is_read(self, value: Any) -> bool:
+        """Whether reading data may change an object; a transform of a library draws, or holds one of the user's."""
+        return isinstance(value, Dataset) or callable(value) or self._is_users(value)
 
     def _is_users(self, value: Any) -> bool:
         """Objects of the user's own classes are followed: a meter, a state. Those of libraries are their business."""
@@ -271,6 +277,8 @@ class _Memory:
 
     def _remember_module(self, module: nn.Module, path: str) -> None:
         """Keep how to put a module back; layers of torch.nn write to nothing but their buffers."""
+        if isinstance(module, torch.jit.ScriptModule):  # what it keeps is beyond the reach of Python
+            return
         attributes = vars(module)
         self.seen[id(attributes)] = attributes
         watched = self.values if type(module).__module__.startswith("torch.nn.") else self.containers

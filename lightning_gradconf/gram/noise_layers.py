@@ -40,11 +40,12 @@ def still(module: nn.Module) -> Iterator[None]:
 
 
 def _may_add_noise(layer: nn.Module) -> bool:
+    # PyTorch's own layers call functions for their noise, and metrics are answered for.
+    if type(layer).__module__.startswith("torch.") or isinstance(layer, metric_classes()):
+        return False
     own = vars(layer)
     holds = own["_parameters"] or own["_buffers"] or own["_modules"] or "forward" in own
-    # PyTorch's own layers call functions for their noise, and metrics are answered for.
-    others = type(layer).__module__.startswith("torch.") or isinstance(layer, metric_classes())
-    return layer.training and not holds and not others and _ADDS_NOISE.get(layer, True)
+    return layer.training and not holds and _ADDS_NOISE.get(layer, True)
 
 
 def _forward(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_gradconf.gram import loop
 from lightning_gradconf.gram.ghost import graph as graphs
 from lightning_gradconf.gram.objective import Objective
+from lightning_gradconf.gram.replayed_draws import Replayer
 
 # A unit alone takes other kernels than a unit among others: error of a parameter's gradient, and of the largest one.
 _TOLERANCES = {torch.float64: (1e-7, 1e-9), torch.float32: (2e-2, 1e-3)}
@@ -20,7 +21,11 @@ _CONDITION = 8  # times what rounding the parameters changes, as in a layer befo
 
 
 def disagreement(
-    objective: Objective, unit: Any, gradients: Mapping[str, Tensor], precision: torch.dtype
+    objective: Objective,
+    unit: Any,
+    gradients: Mapping[str, Tensor],
+    precision: torch.dtype,
+    numbers: Sequence[Tensor | None],
 ) -> dict[str, float]:
     """Return the parameters of which plain autograd finds another gradient, with the error relative to its norm.
 
@@ -30,6 +35,7 @@ def disagreement(
         gradients: What an engine found for it, ``(numel,)`` by parameter.
         precision: The least precise type that the engine computed in. Plain autograd may go through another one:
             autocast casts for fewer operations under vmap.
+        numbers: What the unit drew among the others. If the unit alone draws others, nothing is compared.
     """
     kinds = {precision}
 
@@ -38,25 +44,20 @@ def disagreement(
         kinds.update(graphs.precisions(graphs.nodes(loss.grad_fn)))
         return loss
 
-    before = _drawn(objective.device)
-    rows = loop.unit_gradients(replace(objective, loss_fn=loss_fn), [unit])
-    if not all(map(torch.equal, before, _drawn(objective.device))):
-        return {}  # the loss draws random numbers, and drew others
+    with Replayer(numbers) as replayer:
+        rows = loop.unit_gradients(replace(objective, loss_fn=loss_fn), [unit])
+    if not replayer.has_fitted:
+        return {}
     precision = max(kinds, key=lambda kind: torch.finfo(kind).eps)
     own, of_largest = _TOLERANCES.get(precision, _HALF_PRECISION)
     norms = {name: float(row.norm()) for name, row in rows.items()}
     errors = {name: float((row[0] - gradients[name]).norm()) for name, row in rows.items()}
     allowed = {name: own * norm + of_largest * max(norms.values()) for name, norm in norms.items()}
     if any(errors[name] > allowed[name] for name in errors):
-        moved = loop.unit_gradients(_rounded(objective, precision), [unit])
+        with Replayer(numbers):
+            moved = loop.unit_gradients(_rounded(objective, precision), [unit])
         allowed = {name: allowed[name] + _CONDITION * float((moved[name] - row).norm()) for name, row in rows.items()}
     return {name: error / max(norms[name], 1e-300) for name, error in errors.items() if error > allowed[name]}
-
-
-def _drawn(device: torch.device) -> list[Tensor]:
-    """Return the states of the random generators that vmap draws from for each unit."""
-    states = [torch.get_rng_state()]
-    return states if device.type != "cuda" else [*states, torch.cuda.get_rng_state(device)]
 
 
 def _rounded(objective: Objective, precision: torch.dtype) -> Objective:

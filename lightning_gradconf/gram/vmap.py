@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lightning_gradconf.gram.ghost import graph as graphs
 from lightning_gradconf.gram.module_state import rewinder, without_warnings
 from lightning_gradconf.gram.objective import Objective, as_rows, take_attributes
 from lightning_gradconf.gram.plain_autograd import disagreement, in_words
+from lightning_gradconf.gram.replayed_draws import Recorder
 
 
 def unit_gradients(objective: Objective, units: Sequence[Any]) -> dict[str, Tensor]:
@@ -50,17 +52,21 @@ def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, 
 
         per_unit = vmap(grad(loss, has_aux=True), in_dims=(None, *[0] * len(tensors)), randomness="different")
         # Attention on a CPU has no batching rule: torch says so each time, and is right and not much slower.
-        with shared_draws.refused(generators), without_warnings("There is a performance drop because"):
+        recorder = None if compared else Recorder(0, len(units), objective.device)
+        quiet = without_warnings("There is a performance drop because")
+        with shared_draws.refused(generators), quiet, recorder or nullcontext():
             found, losses = per_unit(parameters, *tensors)
         rewind()
         objective.check_leaves(graphs.leaves(losses.grad_fn))
         rows = {name: as_rows(found.pop(name), len(units)) for name in list(found)}
-        if not compared:
+        if recorder is not None:
+            numbers = recorder.checked()
             compared.append(True)
             narrow = all(p.dtype == torch.float64 for p in parameters.values())
             first = {name: row[0] for name, row in rows.items()}
             # Half the precision of float32, since the loss may be under autocast.
-            if errors := disagreement(objective, units[0], first, torch.float64 if narrow else torch.float16):
+            precision = torch.float64 if narrow else torch.float16
+            if errors := disagreement(objective, units[0], first, precision, numbers):
                 raise RuntimeError(f"a unit by itself has another gradient, {in_words(errors)}")
         return rows
 

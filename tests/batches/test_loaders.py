@@ -259,6 +259,36 @@ def test_batch_sizes(loader, size, last):
     assert samples_at(loader, len(loader) - 1 if hasattr(loader, "sampler") else 0) == last
 
 
+class Zipped(DataLoader):
+    """Batches of two loaders, one of which it passes for its dataset."""
+
+    def __init__(self) -> None:
+        self.loaders = [DataLoader(Rows(), batch_size=8, collate_fn=self.named) for _ in range(2)]
+        super().__init__(self.loaders[0])  # type: ignore[arg-type]
+
+    @staticmethod
+    def named(items: Any) -> dict[str, Tensor]:
+        return dict(zip("xy", default_collate(items), strict=True))
+
+    def __len__(self) -> int:
+        return len(self.loaders[0])
+
+    def __iter__(self) -> Any:
+        return zip(*self.loaders, strict=True)
+
+
+def test_a_loader_of_loaders_is_cut_into_samples_of_each():
+    class Both(Net):
+        def training_step(self, batch, batch_idx):
+            labelled, unlabelled = batch
+            return super().training_step(labelled, batch_idx) + self.net(unlabelled["x"]).square().mean()
+
+    confusion, said = fit(Both(), Zipped(), num_units=6)
+    assert not said and batch_size(Zipped()) is None
+    samples = [{"x": Rows().x[i : i + 1], "y": Rows().y[i : i + 1]} for i in range(6)]
+    close(confusion.last_gram, gram_of(Both(), [(sample, sample) for sample in samples]))
+
+
 # ---- streams ---------------------------------------------------------------------------------------------------------
 
 

@@ -122,6 +122,14 @@ def test_a_short_last_batch_contradicts_nothing():
     assert assume((torch.zeros(5, 3), torch.zeros(5)), 8) == {"batch[0]": 0, "batch[1]": 0}
 
 
+def test_a_tuple_of_mappings_is_a_list_of_samples_only_if_their_tensors_count_differently():
+    inputs = ({"x": torch.zeros(2, 3), "y": torch.zeros(2)}, {"x": torch.zeros(2, 3)})
+    assert assume(inputs) == {"batch[0]['x']": 0, "batch[0]['y']": 0, "batch[1]['x']": 0}
+    images = ({"image": torch.zeros(3, 8, 8), "boxes": torch.zeros(2, 4)}, {"image": torch.zeros(3, 8, 8)})
+    assert assume(images) == {"batch": "entries"}
+    assert assume([{"x": torch.zeros(2, 3)}, {"x": torch.zeros(2, 3)}]) == {"batch": "entries"}
+
+
 def test_units_take_a_share_of_each_part():
     batch = {"a": [torch.arange(6)], "b": torch.arange(14)}
     units = cut(batch, {"batch['a'][0]": 0, "batch['b']": 0}, {"batch['a']": 2, "batch['b']": 4})

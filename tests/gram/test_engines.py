@@ -28,6 +28,7 @@ from lightning_gradconf.gram.select import _say_once
 WITHOUT_FACTORS = {*EXCEPTIONS, *NOT_YET, *SINGLE, "mean_of_torchmetrics"}
 
 
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning")  # PyTorch, of a list of slices
 @pytest.mark.parametrize("unit_size", [1, 2])
 @pytest.mark.parametrize("name", [name for name in ZOO if name not in WITHOUT_FACTORS])
 def test_factors_kept_by_ghost_make_the_gram_of_the_loop(name, unit_size):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 import warnings
 from argparse import Namespace
@@ -383,6 +384,46 @@ def test_of_data_only_attributes_and_generators_are_put_back():
         data.x = data.x + 1
     assert (data.calls, data.rng.getstate(), data.parts[0].augment) == (0, state, False)
     assert data.x is x and data.cache == {0: 1}
+
+
+class LibraryTransform:
+    """A transform of a library: it holds transforms, or draws from a generator of its own."""
+
+    __module__ = "torch.nn"
+
+    def __init__(self, *transforms):
+        self.transforms, self.generators = transforms, [np.random.RandomState(1), random.Random(1)]
+
+    def __call__(self, x):
+        self.generators[0].rand(), self.generators[1].random()
+        for transform in self.transforms:
+            transform(x)
+
+
+class UsersTransform:
+    def __init__(self):
+        self.rng, self.calls = random.Random(1), 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return x + self.rng.random()
+
+
+@pytest.mark.parametrize("in_dictionary", [False, True])
+def test_transforms_of_libraries_are_followed_to_their_generators_and_to_transforms_of_the_users(in_dictionary):
+    inner, own = LibraryTransform(), UsersTransform()
+    data = Data()
+    data.transform = LibraryTransform(inner, own)
+    if in_dictionary:
+        data.transform = {"image": data.transform, "kind": LibraryTransform}
+    transform = data.transform["image"] if in_dictionary else data.transform
+    before = [pickle.dumps(part.generators) for part in (transform, inner)]
+    state = own.rng.getstate()
+    with untouched(nn.Linear(1, 1), data=[data]):
+        transform(0)
+        assert [pickle.dumps(part.generators) for part in (transform, inner)] != before
+    assert [pickle.dumps(part.generators) for part in (transform, inner)] == before
+    assert (own.rng.getstate(), own.calls) == (state, 0)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from lightning_gradconf.gram import select
 
 UNIT_SIZES = (1, 2, 3)
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning"),  # PyTorch, of a list of slices
     pytest.mark.filterwarnings(
         "ignore:There is a performance drop:UserWarning"
     ),  # vmap, of an operation without a rule

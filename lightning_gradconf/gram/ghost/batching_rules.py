@@ -47,7 +47,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    if query.dim() < 3:
+    if query.dim() < 3 or not query.dim() == key.dim() == value.dim():
         return NotImplemented
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

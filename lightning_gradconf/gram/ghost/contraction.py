@@ -12,8 +12,8 @@ from torch import Tensor
 
 # Elements of scratch memory that a block may take: small enough to stay in the last level of a cache.
 BLOCK = 1 << 20
+_SMALL = 1e6  # operations that are not worth a choice
 _NEAR = 4  # times as many operations may still be faster
-_ALIKE = 1.2  # times as long makes no difference worth a second try
 _NEW = 5e-3  # seconds that new memory and kernels may cost on a CPU
 
 # A way to compute a Gram, which pauses after each of its parts and yields the share of the work that is done.
@@ -25,12 +25,14 @@ class Workspace:
     """What the contractions of one module share.
 
     Attributes:
-        fastest: For each shape met, the form that was fastest.
+        tries: Whether this measurement tries one more form of each shape met before.
+        seconds: For each shape met, how long the forms take that were used or tried.
         buffers: Scratch memory, since fresh memory costs as much as the arithmetic that fills it.
         products: The matrix that was multiplied with its own transpose last, and what came out.
     """
 
-    fastest: dict[Hashable, str] = field(default_factory=dict)
+    tries: bool = False
+    seconds: dict[Hashable, dict[str, float]] = field(default_factory=dict)
     buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = field(default_factory=dict)
     products: tuple[Tensor, Tensor] | None = None
 
@@ -59,53 +61,56 @@ def completed(form: Form) -> Tensor:
 
 
 def cheapest(workspace: Workspace, key: Hashable, forms: dict[str, tuple[float, Callable[[], Form]]]) -> Tensor:
-    """Return what all ``forms`` compute, in the one that was fastest when ``key`` was met first.
+    """Return what all ``forms`` compute: in the one with the fewest operations, and later in the fastest.
 
-    Then two parts of each are timed, and the fastest is completed. Operations are counted to leave out what cannot win,
-    and to save the timing where it does not matter.
+    A measurement that tries begins one form more, and completes it if it promises to be faster than all before. So no
+    measurement waits for all of them. Operations are counted to leave out what cannot win.
     """
-    if (name := workspace.fastest.get(key)) is not None:
-        return completed(forms[name][1]())
+    seconds = workspace.seconds.setdefault(key, {})
     least = min(cost for cost, _ in forms.values())
-    near = {name: begin for name, (cost, begin) in forms.items() if cost <= _NEAR * least}
-    if len(near) == 1 or least < 1e6:
-        workspace.fastest[key] = min(forms, key=lambda name: forms[name][0])
-        return completed(forms[workspace.fastest[key]][1]())
-    new: dict[str, float] = {}
-    best, name, form = math.inf, "", None
-    for each, begin in near.items():
-        begun, seconds, warm = _timed(begin())
-        if not warm:
-            new[each] = seconds
-        if seconds < best:
-            best, name, form = seconds, each, begun
-    for each in [each for each, seconds in new.items() if _ALIKE * best < seconds <= 2 * best + _NEW]:
-        begun, seconds, _ = _timed(near[each]())
-        if seconds < best:
-            best, name, form = seconds, each, begun
-    assert form is not None
-    workspace.fastest[key] = name
-    return completed(form)
+    untried = [name for name, (cost, _) in forms.items() if name not in seconds and _SMALL <= least >= cost / _NEAR]
+    if workspace.tries and seconds and untried:
+        name = untried[0]
+        fastest = min(seconds.values())
+        form, seconds[name] = _begun(forms[name][1], fastest)
+        if seconds[name] < fastest:
+            return completed(form)
+    name = min(seconds, key=lambda name: seconds[name]) if seconds else min(forms, key=lambda name: forms[name][0])
+    if not untried:
+        return completed(forms[name][1]())
+    start = _now()
+    gram = completed(forms[name][1]())
+    seconds[name] = min(_now() - start, seconds.get(name, math.inf))
+    return gram
 
 
-def _timed(form: Form) -> tuple[Form, float, bool]:
-    """Return the form, how long all of it takes, and whether that was told from a second part.
+def _begun(begin: Callable[[], Form], fastest: float) -> tuple[Form, float]:
+    """Return a form of which some parts are done, and how long all of it takes by the last of these.
 
-    Memory and kernels are slow when they are new.
+    Memory and kernels are slow when they are new, so a second part tells, or a second try if there is none.
     """
+    form = begin()
     seconds, share = _part(form, 0.0)
-    if share >= 1:
-        return form, seconds, False
-    return form, _part(form, share)[0], True
+    if share < 1:
+        return form, _part(form, share)[0]
+    if not fastest < seconds < 2 * fastest + _NEW:
+        return form, seconds
+    form = begin()
+    return form, _part(form, 0.0)[0]
 
 
 def _part(form: Form, done: float) -> tuple[float, float]:
     """Compute the next part of a form; return how long all of it would take, and the share that is done then."""
-    start = time.perf_counter()
+    start = _now()
     share = next(form)
+    return (_now() - start) / (share - done), share
+
+
+def _now() -> float:
+    """Return the time, when an accelerator is done with what it has to do."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
-    return (time.perf_counter() - start) / (share - done), share
+    return time.perf_counter()
 
 
 def _same_memory(some: Tensor, other: Tensor) -> bool:

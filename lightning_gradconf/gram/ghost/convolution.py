@@ -62,22 +62,20 @@ class ConvolutionFactors:
         return self._by_unit(lo, hi)
 
     def gram(self, workspace: Workspace) -> Tensor:
-        """Return all inner products, ``(n, n)``, in the form that was fastest when this shape was met first."""
+        """Return all inner products, ``(n, n)``, in the form that is the fastest of those tried."""
         samples, out = self.delta.shape[:2]
         pixels, inputs = math.prod(self.delta.shape[2:]), math.prod(self.input.shape[2:])
         numel = self.weight.numel()
         formed = samples * pixels * numel / (self.groups if not self.transposed else 1) + self.n**2 * numel
-        forms: dict[str, tuple[float, Callable[[], Form]]] = {
-            "unit": (formed, lambda: self._blocks(self._by_unit)),
-        }
-        if self.groups == 1 and not self.transposed:
-            forms["taps"] = (formed, lambda: self._by_taps(workspace))
-        if self._can_fold():
-            forms["folded"] = (formed, lambda: self._blocks(self._folded))
+        forms: dict[str, tuple[float, Callable[[], Form]]] = {}
         if self.groups == 1 and not self.transposed:
             taps = math.prod(self.weight.shape[2:])
             shifted = samples**2 / 2 * (inputs**2 * self.input.shape[1] + pixels**2 * (out + 16 * taps))
+            forms["taps"] = (formed, lambda: self._by_taps(workspace))  # the first of equals is used first
             forms["shifted"] = (shifted, lambda: self._shifted(workspace))
+        forms["unit"] = (formed, lambda: self._blocks(self._by_unit))
+        if self._can_fold():
+            forms["folded"] = (formed, lambda: self._blocks(self._folded))
         key = ("patches", self.n, *self.input.shape, *self.weight.shape, *self.delta.shape, self.groups)
         return cheapest(workspace, key, forms)
 

@@ -72,11 +72,27 @@ def _gradient(
     )
 
 
+def _data(mode: UnitMode, function: Callable[..., Any], tensor: Tensor) -> Tensor:
+    return tensor.detach()
+
+
+def _set_data(mode: UnitMode, function: Callable[..., Any], tensor: Tensor, value: Tensor) -> None:
+    if not is_batched(tensor):
+        raise RuntimeError("units are written into a tensor that they share, inplace")
+    rows, inner = in_front(tensor, mode.n), in_front(value, mode.n)
+    if is_batched(rows) or is_batched(inner) or rows.shape != inner.shape:
+        raise NotImplementedError("data of another shape")
+    with below_vmap(), torch._C.DisableTorchFunction(), torch.no_grad():
+        rows.copy_(inner)
+
+
 def _refused(mode: UnitMode, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     raise NotImplementedError(f"the loss calls {function.__name__} on a tensor")
 
 
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {
+    Tensor.data.__get__: _data,  # type: ignore[attr-defined]
+    Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     Tensor.requires_grad_: _requires_grad_,
     Tensor.requires_grad.__set__: _requires_grad_,  # type: ignore[attr-defined]
     **{getattr(Tensor, name).__get__: _of_autograd for name in ("requires_grad", "grad_fn", "is_leaf")},

@@ -30,7 +30,7 @@ from lightning_gradconf.gram.ghost.agreement import UnitsDiffer
 from lightning_gradconf.gram.ghost.factors import Dense, GradientFactors, gram_of_sum
 from lightning_gradconf.gram.ghost.graph import Graph
 from lightning_gradconf.gram.ghost.joining import joined, reordered
-from lightning_gradconf.gram.ghost.nodes import shapes
+from lightning_gradconf.gram.ghost.nodes import is_checkpointed, shapes
 from lightning_gradconf.gram.ghost.search import search
 from lightning_gradconf.gram.ghost.unit_losses import Forward, forward
 from lightning_gradconf.gram.ghost.verify import SCALE, Proof, random_weights
@@ -116,6 +116,7 @@ def _measured(
         raise RuntimeError(findings.refused)
     findings.measurements += 1
     proves = findings.measurements & (findings.measurements - 1) == 0  # 1, 2, 4, 8, ...
+    findings.workspace.tries = not proves  # a proof takes long enough
     if proves:
         findings.generators = shared_draws.generators_of(objective.module)
     leaves = {name: findings.copy(name, p).requires_grad_() for name, p in objective.parameters.items()}
@@ -137,7 +138,7 @@ def _measured(
             yield _Group(indices, {}, {name: [Dense(row)] for name, row in rows.items()})
             continue
         measurement = _Measurement(objective, leaves, some, mode, findings, budget, keep or passes > 1, rewind)
-        if (shapes := shapes_of(some[0])) not in findings.shapes:
+        if new := (shapes := shapes_of(some[0])) not in findings.shapes:
             if len(findings.shapes) >= _REMEMBERED:
                 findings.shapes.clear()
             findings.shapes.add(shapes)
@@ -145,7 +146,7 @@ def _measured(
                 objective.fill_caches(leaves, copy_of(some[0]))
             rewind()
         try:
-            first = measurement.forward()
+            first = measurement.forward(records=proves or new or findings.draws)
         except UnitsDiffer as differ:
             ways: dict[Hashable, list[int]] = defaultdict(list)
             for i, value in zip(indices, differ.values, strict=True):
@@ -155,7 +156,7 @@ def _measured(
             continue
         found = measurement.accumulated(first, proves)
         if found.surprises:  # a use that was never proved
-            found = measurement.accumulated(measurement.forward(), proves=True)
+            found = measurement.accumulated(measurement.forward(records=True), proves=True)
         del first
         yield _Group(indices, found.grams, found.factors)
 
@@ -174,15 +175,23 @@ class _Measurement:
     rewind: Callable[[], None]
     _drawn: list[tuple[Callable[[Any], Any], Any]] = field(default_factory=random_states)
 
-    def forward(self) -> Forward:
+    @property
+    def compared(self) -> int:
+        """The unit that is computed alone too."""
+        return Random(self.findings.measurements).randrange(len(self.units))
+
+    def forward(self, *, records: bool) -> Forward:
         """Return the losses of the units, from the module's state and the random state before the first such pass."""
         for restore, state in self._drawn:
             restore(state)
+        recorded = self.compared if records else None
         try:
             with shared_draws.refused(self.findings.generators):
-                return forward(self.objective, self.leaves, self.units, self.mode, self.findings.writes)
+                found = forward(self.objective, self.leaves, self.units, self.mode, self.findings.writes, recorded)
         finally:
             self.rewind()
+        self.findings.draws = bool(found.numbers)
+        return found
 
     def accumulated(self, forward: Forward, proves: bool) -> Accumulator:
         """Return what a backward pass from the losses brings, proved if that is due."""
@@ -191,6 +200,9 @@ class _Measurement:
         signature = (n, forward.reads, graphs.signature(graph))
         places = self.findings.graphs.get(signature)
         if places is None or proves:
+            if forward.numbers is None:
+                forward = self.forward(records=True)
+                graph = self._read(forward, ())
             found, places = self._proved(forward, graph, places or Places())
             if places is not None:
                 if len(self.findings.graphs) >= _REMEMBERED:
@@ -223,11 +235,13 @@ class _Measurement:
 
     def _proved(self, forward: Forward, graph: Graph, places: Places) -> tuple[Accumulator, Places | None]:
         """Return what was found and proved, and where the units lie; None if it cannot be proved this time."""
+        if any(map(is_checkpointed, graph.order)):  # it would run on the module itself, after the pass
+            raise NotImplementedError(f"torch {torch.__version__} has other names for what runs around a checkpoint")
         if places.free:
             graph = self._read(forward, places.free)
         found, proof, failed = self._tried(forward, graph, places, keep_graph=False)
         if failed or found.missing:  # hardly ever, so the graph was not kept for it
-            forward = self.forward()
+            forward = self.forward(records=True)
             graph = self._read(forward, ())
             for attempt in range(_ATTEMPTS):
                 lost = failed.keys() | found.missing.keys()
@@ -240,7 +254,8 @@ class _Measurement:
         self._refuse(failed, "the weighted sum of gradients is wrong")
         row = {name: proof.row.get(name, torch.zeros(())) for name in self.objective.parameters}
         with self.mode:
-            errors = disagreement(self.objective, self.units[proof.unit], row, proof.precision)
+            unit, numbers = self.units[proof.unit], forward.numbers or ()
+            errors = disagreement(self.objective, unit, row, proof.precision, numbers)
         self._refuse(errors, "a unit by itself has another gradient")
         places.unproved = proof.unproved
         return found, places if all(size < float("inf") for _, size in proof.errors.values()) else None
@@ -249,11 +264,11 @@ class _Measurement:
         self, forward: Forward, graph: Graph, places: Places, *, keep_graph: bool
     ) -> tuple[Accumulator, Proof, dict[str, float]]:
         """Return what a pass with units in these places brings, its proof, and the parameters that failed it."""
-        losses, number = forward.losses, self.findings.measurements
-        weights = random_weights(losses, number)
+        losses = forward.losses
+        weights = random_weights(losses, self.findings.measurements)
         precision = max(graphs.precisions(graph.order), key=lambda kind: torch.finfo(kind).eps)
         wanted = _gradients(losses, graph, weights)
-        proof = Proof(weights, wanted, Random(number).randrange(len(self.units)), precision)
+        proof = Proof(weights, wanted, self.compared, precision)
         found = self._accumulator(graph, places, proof)
         _run(losses, graph, found, keep_graph=keep_graph)
         failed = proof.failures()

@@ -6,10 +6,12 @@ PyTorch documents ``_saved_*`` in its notes on autograd, but promises none of th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.utils.checkpoint as checkpoints
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -38,12 +40,20 @@ def unpacks(node: Node) -> bool:
 
     Older releases of torch do not tell; then it may.
     """
+    return any(hook is not None for hook in _unpack_hooks(node))
+
+
+def is_checkpointed(node: Node) -> bool:
+    """Return whether unpacking the tensors that a node saved runs an activation checkpoint again."""
+    return any(getattr(hook, "__module__", "") == checkpoints.__name__ for hook in _unpack_hooks(node))
+
+
+def _unpack_hooks(node: Node) -> Iterator[Any]:
     for name in _raw(type(node)):
         tensors = getattr(node, name)
         for tensor in tensors if isinstance(tensors, tuple | list) else (tensors,):
-            if tensor is not None and getattr(tensor, "unpack_hook", _raw) is not None:
-                return True
-    return False
+            if tensor is not None:
+                yield getattr(tensor, "unpack_hook", _raw)
 
 
 @lru_cache(maxsize=1024)

@@ -194,10 +194,10 @@ def _rms_norm(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], at: 
 
 
 def _group_norm(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], at: Placement) -> GradientFactors:
-    delta = upcast(delta).flatten(2)
+    delta = upcast(delta).reshape(*delta.shape[:2], -1)
     if slot == 2:
         return at.reduce(delta.sum(2), shape)
-    x = upcast(saved(node, "input")).flatten(2)
+    x = upcast(saved(node, "input")).reshape(delta.shape)
     channels = x.shape[1] // saved(node, "group")
     mean, scale = (upcast(saved(node, key)).repeat_interleave(channels, 1) for key in ("result1", "result2"))
     return at.reduce((torch.einsum("ncl,ncl->nc", x, delta) - mean * delta.sum(2)) * scale, shape)
@@ -207,7 +207,7 @@ def _batch_norm(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], at
     delta = upcast(delta).reshape(*delta.shape[:2], -1)
     if slot == 2:
         return at.reduce(delta.sum(2), shape)
-    x = upcast(saved(node, "input")).reshape(*delta.shape)
+    x = upcast(saved(node, "input")).reshape(delta.shape)
     if saved(node, "training"):
         mean, scale = saved(node, "result1"), saved(node, "result2")
     else:

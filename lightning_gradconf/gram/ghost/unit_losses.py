@@ -7,8 +7,8 @@ statistics of BatchNorm need no thought. Below vmap, PyTorch records an ordinary
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,14 +19,15 @@ from torch.func import vmap
 from lightning_gradconf.batches.units import stack
 from lightning_gradconf.gram.ghost.batch_reads import part_of_units
 from lightning_gradconf.gram.ghost.custom_functions import vmappable
-from lightning_gradconf.gram.ghost.functorch import batched, check_available
+from lightning_gradconf.gram.ghost.functorch import batched, check_available, is_batched
 from lightning_gradconf.gram.ghost.unit_mode import UnitMode
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.module_state import without_warnings
 from lightning_gradconf.gram.objective import Objective
+from lightning_gradconf.gram.replayed_draws import Recorder
 
 # What vmap says of a tensor that all units share, when one of them writes its own values into it.
-_WRITES = ("in-place", "inplace", "match the broadcast shape")
+_WRITES = ("more elements than `self`", "inplace", "in-place", "match the broadcast shape")
 
 
 @dataclass
@@ -37,11 +38,13 @@ class Forward:
         losses: Of each unit, ``(n,)``, with a graph.
         reads: What Python read on the way, the same for all these units.
         nodes: Of the graph, whether the result of a node has units, where that is known.
+        numbers: The random numbers of the unit that was recorded; None if none was.
     """
 
     losses: Tensor
     reads: tuple[Hashable, ...]
     nodes: Mapping[Node, bool]
+    numbers: list[Tensor | None] | None
 
 
 @dataclass
@@ -50,21 +53,33 @@ class SharedWrites:
 
     Attributes:
         factories: Those that it makes with ``torch.zeros`` and the like.
-        constants: Buffers, and parameters that are frozen.
+        constants: Names of buffers, and of parameters that are frozen.
     """
 
     factories: bool = False
-    constants: bool = False
+    constants: set[str] = field(default_factory=set)
 
-    def widen(self) -> bool:
-        """Take one more kind of tensors to be written to; False if there is no other."""
-        if not self.factories:
+    def widen(self, written: Tensor | None, constants: Mapping[str, Tensor]) -> bool:
+        """Take more tensors to be written to; False if there are no others.
+
+        Args:
+            written: What a call has failed to write to, None if that is not known.
+            constants: All that there are, by name.
+        """
+        found = {name for name, tensor in constants.items() if written is not None and _share(tensor, written)}
+        if not found and not self.factories:
             self.factories = True
-        elif not self.constants:
-            self.constants = True
-        else:
-            return False
-        return True
+            return True
+        more = (found or {*constants}) - self.constants
+        self.constants |= more
+        return bool(more)
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors lie in the same memory."""
+    if is_batched(a) or is_batched(b) or a.layout is not b.layout or a.layout is not torch.strided:
+        return False
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def forward(
@@ -73,6 +88,7 @@ def forward(
     units: Sequence[Any],
     mode: MeasurementMode,
     writes: SharedWrites,
+    recorded: int | None,
 ) -> Forward:
     """Return the losses of ``units`` at ``leaves``.
 
@@ -82,18 +98,17 @@ def forward(
         units: Batches of one shape and structure.
         mode: How BatchNorm and dropout behave.
         writes: What each unit needs for itself; more is found out and added.
+        recorded: The unit whose random numbers are recorded, if one is.
 
     Raises:
         UnitsDiffer: Python reads different values of different units.
         Exception: Whatever vmap or the user's code raises.
     """
     check_available()
-    while True:
-        try:
-            return _forward(objective, leaves, units, mode, writes)
-        except RuntimeError as error:
-            if not any(words in str(error) for words in _WRITES) or not writes.widen():
-                raise
+    found = None
+    while found is None:
+        found = _forward(objective, leaves, units, mode, writes, recorded)
+    return found
 
 
 def _forward(
@@ -102,7 +117,9 @@ def _forward(
     units: Sequence[Any],
     mode: MeasurementMode,
     writes: SharedWrites,
-) -> Forward:
+    recorded: int | None,
+) -> Forward | None:
+    """Return the same; None if a unit needs more for itself, which is in ``writes`` now."""
     n = len(units)
     unit_mode = UnitMode(
         n, batched_factories=writes.factories, running_statistics=mode.running_statistics, dropout=mode.dropout
@@ -110,20 +127,31 @@ def _forward(
     with torch._C.DisableTorchFunction():
         tensors, rebuild = stack(units, lambda parts, path: part_of_units(parts, path, unit_mode))
 
+    constants: dict[str, Tensor] = {}
+
     def loss(*rows: Tensor) -> Tensor:
         with torch._C.DisableTorchFunction():  # copies: user code may write to them
-            constants = {name: tensor.detach().clone() for name, tensor in objective.constants.items()}
-            if writes.constants:
-                constants = {name: batched(t.expand(n, *t.shape).clone()) for name, t in constants.items()}
+            for name, tensor in objective.constants.items():
+                own = name in writes.constants
+                constants[name] = (
+                    batched(tensor.detach().expand(n, *tensor.shape).clone()) if own else tensor.detach().clone()
+                )
             unit = rebuild([row.clone() for row in rows])
         return objective.at({**leaves, **constants}, unit, lambda loss: loss)
 
     quiet: AbstractContextManager[None] = without_warnings("There is a performance drop because")
+    recorder = None if recorded is None else Recorder(recorded, n, objective.device)
     try:
-        with vmappable(n), quiet, unit_mode:
+        with vmappable(n), quiet, recorder or nullcontext(), unit_mode:
             losses = vmap(loss, randomness="different")(*tensors)
+    except RuntimeError as error:
+        with torch._C.DisableTorchFunction():
+            if not any(words in str(error) for words in _WRITES) or not writes.widen(unit_mode.failed, constants):
+                raise
+        return None
     finally:
         if unit_mode.differ is not None:  # also where the user's code has caught it, or made another error of it
             raise unit_mode.differ
+    numbers = None if recorder is None else recorder.checked()
     with torch._C.DisableTorchFunction():
-        return Forward(losses, tuple(unit_mode.reads), unit_mode.nodes)
+        return Forward(losses, tuple(unit_mode.reads), unit_mode.nodes, numbers)

@@ -44,6 +44,7 @@ class UnitMode(MeasurementMode):
     Attributes:
         reads: The values that Python has read, the same for all units.
         differ: The first value that Python read and that is not the same for all units; None if there was none.
+        failed: What the first call that failed was to act on; None if there was none.
         nodes: Nodes of the graph that are known to have a batched result (True) or one without units (False).
     """
 
@@ -52,6 +53,7 @@ class UnitMode(MeasurementMode):
         self.n = n
         self.reads: list[Hashable] = []
         self.differ: UnitsDiffer | None = None
+        self.failed: Tensor | None = None
         self.nodes: dict[Node, bool] = {}
         self._batched_factories = batched_factories
         self._open: set[Callable[..., Any]] = set()
@@ -60,7 +62,15 @@ class UnitMode(MeasurementMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call ``func`` as its rule says, or as it is."""
-        args, kwargs = self.arguments(func, args, kwargs or {})
+        try:
+            return self._called(func, args, kwargs or {})
+        except RuntimeError:
+            if self.failed is None and args and isinstance(args[0], Tensor):
+                self.failed = args[0]
+            raise
+
+    def _called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = self.arguments(func, args, kwargs)
         if any(type(arg) is UnitNumber for arg in (*args, *kwargs.values())):
             beside = (*args, *kwargs.values())
             args = tuple(arg.beside(*beside) if type(arg) is UnitNumber else arg for arg in args)
@@ -110,7 +120,8 @@ _RULES = {**READS, **batching_rules.RULES, **derivative_rules.RULES}
 
 
 def _any_batched(values: Any) -> bool:
-    return any(isinstance(value, Tensor) and is_batched(value) for value in values)
+    """Whether there is a batched tensor among arguments, or in one of them: the states of an LSTM are a tuple."""
+    return any(is_batched(value) or (type(value) is tuple and any(map(is_batched, value))) for value in values)
 
 
 @lru_cache(maxsize=1024)

@@ -110,6 +110,8 @@ def _where(mode: UnitMode, function: Callable[..., Any], *args: Any, **kwargs: A
 
 def _index(mode: UnitMode, index: Any) -> Any:
     """Return an index without slices up to a tensor, and with positions in the place of masks."""
+    if isinstance(index, list):  # which may mean a tuple or a tensor, by what is in it
+        return index
     found: list[Any] = []
     for part in index if isinstance(index, tuple) else (index,):
         if is_batched(part) and part.dtype == torch.bool:

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from gram.zoo import first
 from gram.zoo.registry import Model, cross_entropy, mean_square
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_gradconf.batches.units import split
 from lightning_gradconf.gram.findings import findings_of
-from lightning_gradconf.gram.ghost import engine, functorch, nodes, placement, rules
+from lightning_gradconf.gram.ghost import custom_functions, engine, functorch, nodes, placement, rules
 from lightning_gradconf.gram.ghost.factors import OuterProducts, gram_of_sum
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.objective import objective
@@ -302,6 +303,20 @@ def test_an_attribute_that_pytorch_renamed_costs_speed_only(attribute, monkeypat
     monkeypatch.setattr(nodes, "_attribute", renamed)
     model, loss, batch = first("cnn")
     assert error(measure(model, loss, batch, "auto"), measure(model, loss, batch, "loop")) < 1e-12
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 7), reason="does not tell which hooks a saved tensor has")
+def test_a_release_that_renames_what_runs_around_checkpoints(monkeypatch):
+    """Without its name, a checkpoint would run the module itself again in the backward pass, and count its batches."""
+    monkeypatch.setattr(custom_functions, "_GENERATORS", ())
+    norm = nn.BatchNorm1d(4)
+
+    def loss(module, x):
+        return checkpoint(module, x, use_reentrant=False).square().mean()
+
+    with pytest.raises(NotImplementedError, match="other names for what runs around a checkpoint"):
+        measure(nn.Sequential(nn.Linear(4, 4), norm), loss, torch.randn(6, 4), unit_size=2)
+    assert norm.num_batches_tracked == 0
 
 
 def test_functorch_has_the_names_that_are_read():

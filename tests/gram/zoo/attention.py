@@ -26,6 +26,19 @@ from torch import Tensor, nn
 
 
 @case
+def decoder_that_only_gets_a_state() -> Any:
+    """An LSTM whose inputs are the same for all units, which meet it in its states, as in forecasting."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        _, state = self.encoder(x)
+        steps = torch.arange(3, dtype=x.dtype).view(1, 3, 1).expand(len(x), 3, 1)
+        return self.head(self.decoder(steps, state)[0]).mean(1)
+
+    layers = {"encoder": nn.LSTM(3, 4, batch_first=True), "decoder": nn.LSTM(1, 4, batch_first=True)}
+    return Model(forward, **layers, head=nn.Linear(4, 3)), cross_entropy, pairs(5, 3)
+
+
+@case
 def lstm() -> Any:
     """A recurrent layer, in float64 without a fused kernel."""
     model = Model(
@@ -286,6 +299,17 @@ def attention_with_a_mask_for_each_head() -> Any:
 def attention_with_more_keys() -> Any:
     """Keys and values with learned additions and a zero."""
     return attended(lambda x: {"need_weights": False}, add_bias_kv=True, add_zero_attn=True)
+
+
+@case
+def attention_to_several_sets_of_keys() -> Any:
+    """Keys and values with a dimension more than the queries."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        keys = torch.stack([self.first(x), self.second(x)])
+        return F.scaled_dot_product_attention(x, keys, keys.tanh()).mean((0, 2))
+
+    return Model(forward, first=nn.Linear(4, 4), second=nn.Linear(4, 4)), cross_entropy, pairs(5, 4)
 
 
 @case

@@ -63,6 +63,15 @@ def custom_autograd_function() -> Any:
     return Model(lambda self, x: Cube.apply(self.layer(x)), layer=nn.Linear(4, 3)), mean_square, inputs(4)
 
 
+cube = Cube.apply
+
+
+@case
+def custom_function_by_another_name() -> Any:
+    """An alias of ``apply``, as most code has it."""
+    return Model(lambda self, x: cube(self.layer(x)), layer=nn.Linear(4, 3)), mean_square, inputs(4)
+
+
 @case
 def gradient_penalty() -> Any:
     """As in WGAN-GP: the norm of the gradient with respect to inputs between two."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from gram.zoo.registry import ZOO
 
 
@@ -28,6 +29,7 @@ MODULE_HOOK = "backward hook"
 ALONE = "a unit by itself has another gradient"
 BY_PARAMETERS = "the loss differentiates with respect to parameters itself"
 WAYS = "more than 4 different ways"
+SEED = "sets the seed of its random numbers"
 
 EXCEPTIONS = {
     "float_stored": NotGhost("loop", WAYS, unit_sizes=(1,)),
@@ -47,12 +49,21 @@ EXCEPTIONS = {
     "hook_on_a_tensor": NotGhost("vmap", HOOK),
     "hook_that_comes_later": NotGhost("vmap", HOOK, since=2),
     "hook_that_normalises": NotGhost("vmap", HOOK),
+    "generator_made_in_the_loss": NotGhost("loop", ALONE),
     "names_that_are_read": NotGhost("loop", WAYS, unit_sizes=(1,)),
     "more_ways_than_passes": NotGhost("loop", WAYS, unit_sizes=(1,)),
     "norm_of_the_gradient_of_parameters": NotGhost("vmap", BY_PARAMETERS),
+    "parameters_as_keys": NotGhost("loop", "KeyError|requires_grad=True"),
+    "seed_set_between_two_draws": NotGhost("loop", SEED),
+    "seed_set_in_a_fork": NotGhost("loop", SEED),
+    "seed_set_in_the_loss": NotGhost("loop", SEED),
+    "state_of_the_generator_set_in_the_loss": NotGhost("loop", SEED),
     "packed_sequences": NotGhost("loop", "stack expects each tensor to be equal size"),
     "retained_gradient": NotGhost("loop", "the loss calls retain_grad on a tensor"),
 }
+
+if torch.__version__ >= (2, 15):  # where `apply` is written in C, and cannot be replaced where user code has kept it
+    EXCEPTIONS["custom_function_by_another_name"] = NotGhost("loop", "it must override the setup_context")
 
 assert EXCEPTIONS.keys() <= ZOO.keys()
 
@@ -87,7 +98,12 @@ VMAP_CANNOT = set(
         "boolean_mask",
         "boolean_mask_written",
         "branch_on_the_class",
+        "center_set_by_data",
+        "queue_beside_a_moving_average",
         "checkpoint_with_reentry",
+        "codebook_by_moving_average",
+        "one_hot_by_scatter",
+        "written_by_other_operations_in_place",
         "checkpoint_without_reentry",
         "checkpoints_of_a_sequence",
         "connectionist_temporal_classification",
@@ -96,6 +112,7 @@ VMAP_CANNOT = set(
         "counter_and_list_in_forward",
         "cross_entropy_of_probabilities",
         "custom_autograd_function",
+        "custom_function_by_another_name",
         "custom_function_with_a_parameter",
         "cut_by_a_loop",
         "cut_by_a_slice",
@@ -103,6 +120,8 @@ VMAP_CANNOT = set(
         "cut_by_narrow",
         "data_dependent_branch",
         "decoder_that_attends_to_memory",
+        "decoder_that_only_gets_a_state",
+        "target_network_written_by_data",
         "everything_padded_or_nothing",
         "experts_chosen_by_the_data",
         "float_stored",
@@ -145,7 +164,13 @@ VMAP_CANNOT = set(
         "recurrent_layer_with_time_first",
         "retained_gradient",
         "rnn_of_rectified_units",
+        "parameters_as_keys",
         "running_mean_of_python",
+        "seed_set_between_two_draws",
+        "seed_set_in_a_fork",
+        "seed_set_in_the_loss",
+        "state_of_the_generator_set_in_the_loss",
+        "generator_made_in_the_loss",
         "saved_tensors_packed",
         "score_matching",
         "sparse_embedding",
@@ -159,3 +184,5 @@ VMAP_CANNOT = set(
     ]
 )
 assert NOT_YET.keys() | VMAP_CANNOT <= ZOO.keys()
+if torch.__version__ >= (2, 15):  # which batches writing where a mask says so
+    VMAP_CANNOT -= {"boolean_mask_written", "function_of_torchmetrics"}

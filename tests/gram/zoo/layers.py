@@ -215,6 +215,12 @@ def norms_of_every_kind() -> Any:
 
 
 @case
+def group_norm_of_features() -> Any:
+    """GroupNorm of inputs without pixels, as in a perceptron."""
+    return nn.Sequential(nn.Linear(4, 6), nn.GroupNorm(3, 6), nn.ReLU(), nn.Linear(6, 3)), cross_entropy, pairs(4)
+
+
+@case
 def experts_in_one_tensor() -> Any:
     """Experts of one tensor, through einsum."""
 

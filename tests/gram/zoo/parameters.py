@@ -76,6 +76,19 @@ def functional_use_of_a_childs_weight() -> Any:
 
 
 @case
+def parameters_as_keys() -> Any:
+    """A rate for each parameter, in a dictionary of the parameters themselves."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        penalty = sum(self.rates[p] * p.square().sum() for p in self.parameters())
+        return self.layer(x) + penalty
+
+    model = Model(forward, layer=nn.Linear(4, 3))
+    model.rates = {p: 0.1 * (i + 1) for i, p in enumerate(model.parameters())}
+    return model, mean_square, inputs(4)
+
+
+@case
 def weight_norm() -> Any:
     """A weight that is computed from two parameters before it meets the data."""
     net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3))

@@ -341,6 +341,18 @@ def cut_by_a_slice() -> Any:
 
 
 @case
+def cut_by_a_list_of_slices() -> Any:
+    """A list of slices as an index, as of code that cuts along a dimension of choice."""
+
+    def along(x: Tensor, dimension: int, part: slice) -> Tensor:
+        index = [slice(None)] * x.dim()
+        index[dimension] = part
+        return x[index]  # type: ignore[index]
+
+    return cut(lambda x, lengths: along(x, 1, slice(0, 3)))
+
+
+@case
 def cut_by_narrow() -> Any:
     """narrow with a length that is read."""
     return cut(lambda x, lengths: x.narrow(1, 0, int(lengths.max())))

@@ -194,6 +194,38 @@ def queue_of_negatives() -> Any:
 
 
 @case
+def queue_beside_a_moving_average() -> Any:
+    """As in MoCo: a queue that units are written into, and frozen parameters that follow the others, all at once."""
+
+    def loss(module: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            torch._foreach_mul_([*module.key.parameters()], 0.9)
+            torch._foreach_add_([*module.key.parameters()], [p.detach() for p in module.layer.parameters()], alpha=0.1)
+        z, key = F.normalize(module.layer(x), dim=1), module.key(x)
+        found = F.cross_entropy(z @ torch.cat([key, module.queue.clone()]).T, torch.arange(len(x)))
+        module.queue[: len(x)] = key
+        return found
+
+    model = Model(lambda self: None, layer=nn.Linear(4, 3), key=nn.Linear(4, 3).requires_grad_(False))
+    model.register_buffer("queue", torch.randn(6, 3))
+    return model, loss, inputs(4)
+
+
+@case
+def center_set_by_data() -> Any:
+    """As in DINO: a buffer gets new values through ``data``, and the batch is read through it."""
+
+    def loss(module: Any, x: Tensor) -> Tensor:
+        h = module(x.data)
+        module.center.data = 0.9 * module.center + 0.1 * h.detach().mean(0)
+        return (h - module.center).square().mean() + (h * x.data.mean(1, keepdim=True)).mean()
+
+    model = Model(lambda self, x: self.layer(x), layer=nn.Linear(4, 3))
+    model.register_buffer("center", torch.zeros(3))
+    return model, loss, inputs(4)
+
+
+@case
 def target_network_by_moving_average() -> Any:
     """As in BYOL: frozen parameters follow the others in the step."""
 
@@ -201,6 +233,21 @@ def target_network_by_moving_average() -> Any:
         with torch.no_grad():
             for mine, other in zip(module.target.parameters(), module.online.parameters(), strict=True):
                 mine.mul_(0.9).add_(0.1 * other)
+            wanted = module.target(x)
+        return F.mse_loss(module.online(x.flip(1)), wanted)
+
+    target = nn.Linear(4, 3).requires_grad_(False)
+    return Model(lambda self: None, online=nn.Linear(4, 3), target=target), loss, inputs(4)
+
+
+@case
+def target_network_written_by_data() -> Any:
+    """The same through ``data``, which counts no version, as in most code for moving averages."""
+
+    def loss(module: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            module.target.weight.data = module.target.weight.data * 0.9 + module.online.weight.data * 0.1
+            module.target.bias.data.lerp_(module.online.bias.data, 0.1)
             wanted = module.target(x)
         return F.mse_loss(module.online(x.flip(1)), wanted)
 
@@ -257,6 +304,55 @@ def written_into_a_constant() -> Any:
     """A tensor outside of the module is copied and written into."""
     constant = torch.randn(3, dtype=torch.float64)
     return written(lambda h: constant.clone().expand(len(h), 3).clone())
+
+
+@case
+def one_hot_by_scatter() -> Any:
+    """Zeros that a class is scattered into, as losses of segmentation do."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        probabilities = module(batch[0]).softmax(1)
+        one_hot = torch.zeros(probabilities.shape, dtype=probabilities.dtype)
+        one_hot = one_hot.scatter_(1, batch[1][:, None], value=1)
+        return 1 - (2 * (probabilities * one_hot).sum(0) / (probabilities + one_hot).sum(0)).mean()
+
+    return two_layers(), loss, pairs(4)
+
+
+@case
+def written_by_other_operations_in_place() -> Any:
+    """Operations that write units into zeros, each of which vmap refuses in words of its own."""
+
+    def loss(module: Any, x: Tensor) -> Tensor:
+        h = module(x)
+        zeros = lambda: torch.zeros(h.shape, dtype=h.dtype)  # noqa: E731
+        first = torch.zeros(len(h), dtype=torch.long)
+        written = (
+            zeros().copy_(h),
+            zeros().lerp_(h, 0.5),
+            zeros().index_add_(1, h.detach().argmax(1)[:1], h[:, :1]),
+            zeros().index_put_((torch.arange(len(h)), first), h[:, 0]),
+            zeros().addcmul_(h, h).clamp_(min=h.detach()),
+        )
+        return sum((1 + h * part).square().mean() for part in written)  # type: ignore[return-value]
+
+    return two_layers(), loss, inputs(4)
+
+
+@case
+def codebook_by_moving_average() -> Any:
+    """As in VQ-VAE: codes in a buffer move to what is assigned to them, by lerp_."""
+
+    def loss(module: Any, x: Tensor) -> Tensor:
+        z = module(x)
+        codes = module.codes.clone()
+        one_hot = F.one_hot(torch.cdist(z.detach(), codes).argmin(1), len(codes)).to(z.dtype)
+        module.codes.lerp_(one_hot.T @ z.detach(), 0.1)
+        return F.mse_loss(z, one_hot @ codes) + (z @ module.codes.T).square().mean()
+
+    model = Model(lambda self, x: self.layer(x), layer=nn.Linear(4, 3))
+    model.register_buffer("codes", torch.randn(5, 3))
+    return model, loss, inputs(4)
 
 
 @case
