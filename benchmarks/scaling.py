@@ -34,7 +34,7 @@ from lightning_gradconf import gradient_gram
 from lightning_gradconf.batches.units import split
 from lightning_gradconf.gram.blockwise import make_plan
 from lightning_gradconf.gram.objective import objective, sizes
-from lightning_gradconf.gram.ranks.process_group import joined
+from lightning_gradconf.gram.ranks.process_group import new_process_group
 from lightning_gradconf.gram.select import gram_of_units
 
 ENGINES = ("ghost", "vmap", "loop")
@@ -105,7 +105,7 @@ def on_rank(rank: int, ranks: int, folder: str, engine: str, n: int, share: floa
     p = sum(parameter.numel() for parameter in model.parameters())
     generator = torch.Generator().manual_seed(rank)
     units = split((torch.randn(n, 64, generator=generator), torch.arange(n) % 10), 1)
-    target, together = objective(model, loss_of), joined(torch.device("cpu"))
+    target, together = objective(model, loss_of), new_process_group(torch.device("cpu"))
     budget = None if share is None else int(share * n * p * 4)
     sent = []
     exchange, gather = dist.all_to_all_single, dist.gather
@@ -157,16 +157,28 @@ def protocol() -> None:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     class Watch(GradientConfusionCallback):
-        def _measure(self, *args) -> None:
+        start: float | None = None
+
+        def should_measure(self, trainer) -> bool:
             gc.collect()
-            before = status("VmRSS")
+            self.before = status("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")
-            start = time.process_time()
-            super()._measure(*args)
-            seconds = time.process_time() - start
-            print(
-                f"measured in {seconds:.1f} s, {(status('VmHWM') - before) / 1024:.0f} MB above what was there before"
-            )
+            self.start = time.process_time()
+            return True
+
+        def on_train_batch_start(self, *args) -> None:
+            super().on_train_batch_start(*args)
+            self.tell()
+
+        def on_train_batch_end(self, *args) -> None:
+            super().on_train_batch_end(*args)
+            self.tell()
+
+        def tell(self) -> None:
+            if self.start is not None:
+                seconds, more = time.process_time() - self.start, (status("VmHWM") - self.before) / 1024
+                print(f"measured in {seconds:.1f} s, {more:.0f} MB above what was there before")
+            self.start = None
 
     pl.seed_everything(0, verbose=False)
     torch.set_num_threads(1)

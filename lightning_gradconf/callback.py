@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_gradconf.gram.select import Engine
-from lightning_gradconf.reports.report import Pair
+from lightning_gradconf.reports.report import Pair, Reading
 from lightning_gradconf.training import arguments as check
-from lightning_gradconf.training.compat import Callback, MisconfigurationException, logging_step, warn
-from lightning_gradconf.training.publish import add_charts, conclude, publish, publish_again
-from lightning_gradconf.training.session import Session, reason_not_to_start
+from lightning_gradconf.training.compat import Callback, MisconfigurationException, warn
+from lightning_gradconf.training.publish import add_charts, publish_again
+from lightning_gradconf.training.session import Session
+from lightning_gradconf.training.unsupported import reason_not_to_start
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -251,32 +252,26 @@ class GradientConfusionCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure the weights before the step of this batch, if it is time."""
-        if self._session is not None and self._session.is_due(batch, batch_idx):
-            self._measure(self._session, batch, batch_idx, logging_step(trainer))
+        if self._session is not None:
+            self._keep(self._session.before_step(batch, batch_idx))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure the weights at the end of an epoch, if it is time and validation is still to come."""
-        if self._session is not None and self._session.is_due_after(batch, batch_idx):
-            self._measure(self._session, batch, batch_idx, logging_step(trainer))
+        if self._session is not None:
+            self._keep(self._session.after_step(batch, batch_idx))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the weights at the end of an epoch that did not end with a batch."""
-        if self._session is not None and self._session.is_due_at_end_of_epoch():
-            assert self._session.last_batch is not None
-            self._measure(self._session, *self._session.last_batch)
+        if self._session is not None:
+            self._keep(self._session.at_end_of_epoch())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if nothing was ever measured, report the run as a whole, and release what was kept for it."""
-        if self._session is None:
-            return
-        self._session.say_if_nothing_was_measured()
-        if self._session.active and trainer.global_rank == 0:
-            with self._session.logging():
-                conclude(self._session)
-        self._session.close()
-        self._end_session()
+        """Report the run as a whole, or say that nothing was ever measured, and release what was kept for it."""
+        if self._session is not None:
+            self._session.end()
+            self._end_session()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the run, also one that ended with an error."""
@@ -286,18 +281,12 @@ class GradientConfusionCallback(Callback):
         if self._session is not None:
             self._state, self._session = self._session.state_dict(), None
 
-    def _measure(self, session: Session, batch: Any, batch_idx: int, step: int) -> None:
-        """Measure now, and report what was found."""
-        measurements = session.measure(batch, batch_idx, step)
-        if not measurements:
-            return
-        self.last_statistics = {}
-        for measurement in measurements:
-            with session.logging():
-                report, of_loss = session.report_on(measurement.name), measurement.name and f"{measurement.name}/"
-                statistics, pairs = report.values(measurement), report.pairs(measurement)
-                self.last_gram, self.last_step, self.last_top_pairs = measurement.gram, measurement.step, pairs
-                self.last_engine, self.last_seconds = measurement.engine, measurement.seconds
-                self.last_statistics |= {f"{of_loss}{name}": value for name, value in statistics.items()}
-                publish(session, measurement, statistics, pairs)
-        session.reported(step)
+    def _keep(self, readings: Sequence[Reading]) -> None:
+        """Keep what the last measurement has found, where there was one."""
+        if readings:
+            self.last_statistics = {}
+        for measurement, statistics, _, pairs in readings:
+            self.last_gram, self.last_step, self.last_top_pairs = measurement.gram, measurement.step, pairs
+            self.last_engine, self.last_seconds = measurement.engine, measurement.seconds
+            of_loss = measurement.name and f"{measurement.name}/"
+            self.last_statistics |= {f"{of_loss}{name}": value for name, value in statistics.items()}

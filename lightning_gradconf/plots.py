@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_gradconf.reports.saved_runs import Curve, accuracy_keys, loss_keys, measured, read_runs, read_settings
+from lightning_gradconf.reports.saved_runs import Curve, accuracy_keys, loss_keys, measured, read_sources
 from lightning_gradconf.reports.settings import Settings, why_not_comparable
 from lightning_gradconf.statistics import (
     _checked_labels,
@@ -19,7 +19,6 @@ from lightning_gradconf.statistics import (
     cosine_matrix,
     mean_cosine,
     min_cosine,
-    negative_fraction,
     pairwise_cosines,
     within_class_cosine,
 )
@@ -47,16 +46,13 @@ def plot_gram(gram: Tensor, *, labels: Tensor | None = None) -> Figure:
     >>> plot_gram(torch.eye(3)).axes[0].get_xlabel()
     'unit'
     """
-    figure = _figure(width=5.4, height=4.8)
-    axes = figure.subplots()
-    cosines = cosine_matrix(gram)
+    cosines, lowest, mean = cosine_matrix(gram), min_cosine(gram), mean_cosine(gram)
     if labels is not None:
         labels = _checked_labels(cosines, labels)
         order = labels.argsort(stable=True)
         cosines = cosines[order][:, order]
-    _heatmap(axes, cosines, label="cosine of two gradients")
-    summary = f"min {_number(min_cosine(gram))}, mean {_number(mean_cosine(gram))}"
-    axes.set(xlabel="unit", ylabel="unit", title=f"{len(gram)} gradients: {summary}")
+    figure, axes = _heatmap(cosines, "cosine of two gradients", width=5.4, height=4.8)
+    axes.set(xlabel="unit", ylabel="unit", title=f"{len(gram)} gradients: min {_number(lowest)}, mean {_number(mean)}")
     axes.locator_params(integer=True)
     if labels is not None:
         _mark_classes(axes, labels)
@@ -88,7 +84,8 @@ def draw_density(axes: Axes, gram: Tensor) -> None:
     if len(cosines) == 0:
         axes.text(0, 0.5, "no cosines: the gradients are zero or not finite", ha="center", va="center", color=_INK)
         return _quiet(axes)
-    axes.set_title(f"{len(gram)} gradients: {_number(100 * negative_fraction(gram), digits=0)} % of pairs negative")
+    lowest, mean, negative = cosines.min(), cosines.mean(), 100 * (cosines < 0).float().mean()
+    axes.set_title(f"{len(gram)} gradients: {_number(negative, digits=0)} % of pairs negative")
     width = 3.5 * cosines.std(correction=0).item() / len(cosines) ** (1 / 3)  # Scott's rule
     bins = 2 * round(min(max(1 / max(width, 1e-6), 12), 60))  # even, so that no bar straddles zero
     heights = torch.histc(cosines, bins, min=-1, max=1) * bins / 2 / len(cosines)
@@ -97,9 +94,9 @@ def draw_density(axes: Axes, gram: Tensor) -> None:
     axes.bar(centres.numpy(), heights.numpy(), width=1.9 / bins, color=colours, alpha=0.45)
     if (density := _density(cosines)) is not None:
         axes.plot(*density, color=_INK, linewidth=1.4)
-    for name, cosine, style in (("min", min_cosine(gram), ":"), ("mean", mean_cosine(gram), "--")):
+    for name, cosine, style in (("min", lowest, ":"), ("mean", mean, "--")):
         axes.axvline(cosine.item(), color=_INK, linestyle=style, linewidth=1, label=f"{name} {_number(cosine)}")
-    axes.legend(loc="upper right" if mean_cosine(gram) < 0 else "upper left", frameon=False, labelcolor=_INK)
+    axes.legend(loc="upper right" if mean < 0 else "upper left", frameon=False, labelcolor=_INK)
     _quiet(axes)
 
 
@@ -123,9 +120,7 @@ def plot_classes(gram: Tensor, labels: Tensor) -> Figure:
     within = _number(within_class_cosine(gram, labels))
     between = _number(between_class_cosine(gram, labels))
 
-    figure = _figure(width=5.8, height=5.0)
-    axes = figure.subplots()
-    _heatmap(axes, means, label="mean cosine")
+    figure, axes = _heatmap(means, "mean cosine", width=5.8, height=5.0)
     axes.set(xlabel="class", ylabel="class", title=f"{len(gram)} gradients: within classes {within}, between {between}")
     if len(names := [str(label) for label in classes.tolist()]) <= _MOST_CLASSES:
         axes.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names)
@@ -156,9 +151,9 @@ def plot_layers(values: Mapping[str, Sequence[float]], steps: Sequence[int]) -> 
     names = [layer if len(layer) <= 40 else f"\N{HORIZONTAL ELLIPSIS}{layer[-39:]}" for layer in values]
     labelled = math.ceil(len(names) / _MOST_LAYERS)
     longest = max(len(name) for name in names)
-    figure = _figure(width=5.5 + 0.07 * longest, height=1.5 + 0.155 * min(max(len(names), 6), _MOST_LAYERS))
-    axes = figure.subplots()
-    _heatmap(axes, torch.tensor([list(row) for row in values.values()]), label="min_cosine", aspect="auto")
+    width, height = 5.5 + 0.07 * longest, 1.5 + 0.155 * min(max(len(names), 6), _MOST_LAYERS)
+    cosines = torch.tensor([list(row) for row in values.values()])
+    figure, axes = _heatmap(cosines, "min_cosine", width=width, height=height, aspect="auto")
     columns = range(0, len(steps), math.ceil(len(steps) / 8))
     axes.set(xticks=columns, xticklabels=[str(steps[column]) for column in columns], xlabel="step")
     axes.set(yticks=range(0, len(names), labelled), yticklabels=names[::labelled], title="min_cosine of each layer")
@@ -213,14 +208,7 @@ def plot_curves(
     ``keys`` replace the losses and accuracies, one panel each. Raises ``FileNotFoundError`` for a path without runs,
     ``ValueError`` if no run has ``prefix`` or one of ``keys``, and ``ImportError`` without matplotlib.
     """
-    sources = source if isinstance(source, Mapping) else {"": source}
-    runs, settings = dict[str, dict[str, Curve]](), dict[str, Settings]()
-    for given, where in sources.items():
-        paths = [where] if isinstance(where, str | Path) else where
-        found, known = read_runs(paths), read_settings(paths, prefix)
-        names = {run: run if not given else given if len(found) == 1 else f"{given}/{run}" for run in found}
-        runs |= {names[run]: curves for run, curves in found.items()}
-        settings |= {names[run]: compared for run, compared in known.items()}
+    runs, settings = read_sources(source, prefix)
     return plot_runs(measured(runs, keys, prefix), keys, prefix, settings)
 
 
@@ -255,23 +243,27 @@ def plot_runs(
     named = "5 % to 95 % of the cosines" if quantiles else "p05_cosine to mean_cosine"
     known = {name: settings[name] for name in runs if settings and name in settings}
     names = {name: f"{name} ({known[name]})" if name in known else name for name in runs}
+    colours = dict(zip(runs, itertools.cycle(_COLOURS), strict=False))
     # A single run needs no legend: the title names it.
     title = why_not_comparable(known.values()) or (next(iter(names.values())) if len(runs) == 1 else "")
     cosines.set(ylabel="cosine", title=f"line: min_cosine, band: {named}" + f"\n{title}".replace(": ", ":\n").rstrip())
-    for colour, (name, curves) in zip(itertools.cycle(_COLOURS), runs.items(), strict=False):
-        _draw_cosines(cosines, curves, [f"{prefix}/{key}" for key in ("min_cosine", *band)], colour, names[name])
-        for axes, group in zip(others, panels.values(), strict=True):
-            for key, line in zip(group, _LINES, strict=False):
-                curve = curves.get(key, {})
-                marker = "." if len(curve) < 2 else ""
-                axes.plot(list(curve), list(curve.values()), line, marker=marker, color=colour, linewidth=1.2)
+    for name, curves in runs.items():
+        lowest, low, high = (curves.get(f"{prefix}/{key}", {}) for key in ("min_cosine", *band))
+        steps = [step for step in low if step in high]
+        ends = [low[step] for step in steps], [high[step] for step in steps]
+        cosines.fill_between(steps, *ends, color=colours[name], alpha=0.18, linewidth=0)
+        _draw_curve(cosines, lowest, "-", color=colours[name], linewidth=1.4, label=names[name])
     for axes, (title, group) in zip(others, panels.items(), strict=True):
+        lines = dict(zip(group, _LINES, strict=False))
+        for name, curves in runs.items():
+            for key, line in lines.items():
+                _draw_curve(axes, curves.get(key, {}), line, color=colours[name], linewidth=1.2)
         label = group[0].removeprefix(f"{prefix}/") if len(group) == 1 else title
         axes.set_ylabel("eta\n(squared norm)" if label == "eta" else label)
         if len(group) > 1:
-            for key, line in zip(group, _LINES, strict=False):
+            for key, line in lines.items():
                 # A key that one run alone has is marked as it is drawn, and one that several have in no run's colour.
-                own = [colour for colour, curves in zip(itertools.cycle(_COLOURS), runs.values()) if key in curves]
+                own = [colours[name] for name, curves in runs.items() if key in curves]
                 axes.plot([], [], line, color=own[0] if len(own) == 1 else _INK, linewidth=1.2, label=key)
             axes.legend(frameon=False, fontsize=7, labelcolor=_INK)
     if len(runs) > 1:
@@ -285,14 +277,9 @@ def plot_runs(
     return figure
 
 
-def _draw_cosines(axes: Axes, curves: Mapping[str, Curve], keys: Sequence[str], colour: str, label: str) -> None:
-    """Draw the line and the band of one run, ``keys`` naming the line and the ends of the band."""
-    lowest, low, high = (curves.get(key, {}) for key in keys)
-    steps = [step for step in low if step in high]
-    band = [low[step] for step in steps], [high[step] for step in steps]
-    axes.fill_between(steps, *band, color=colour, alpha=0.18, linewidth=0)
-    marker = "." if len(lowest) < 2 else ""
-    axes.plot(list(lowest), list(lowest.values()), marker=marker, color=colour, linewidth=1.4, label=label)
+def _draw_curve(axes: Axes, curve: Curve, line: str, **style: Any) -> None:
+    """Draw a curve as a line, or as a dot where it is a single point."""
+    axes.plot(list(curve), list(curve.values()), line, marker="." if len(curve) < 2 else "", **style)
 
 
 def _density(cosines: Tensor) -> tuple[Any, Any] | None:
@@ -338,13 +325,18 @@ def _number(value: Tensor, digits: int = 2) -> str:
     return f"{rounded:.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
-def _heatmap(axes: Axes, cosines: Tensor, *, label: str, aspect: Literal["equal", "auto"] = "equal") -> None:
-    """Draw an image of ``cosines``, red to blue, hatched where they are NaN, and its scale."""
+def _heatmap(
+    cosines: Tensor, label: str, *, width: float, height: float, aspect: Literal["equal", "auto"] = "equal"
+) -> tuple[Figure, Axes]:
+    """Return a figure of ``cosines``, red to blue, hatched where they are NaN, beside their scale; and its axes."""
+    figure = _figure(width=width, height=height)
+    axes = figure.subplots()
     axes.patch.set(facecolor="white", edgecolor=_PALE, hatch="/////")  # shows through the image where it is NaN
     image = axes.imshow(cosines.detach().cpu().numpy(), cmap="RdBu", vmin=-1, vmax=1, aspect=aspect)
-    bar = axes.figure.colorbar(image, ax=axes, label=label, ticks=[-1, -0.5, 0, 0.5, 1])
+    bar = figure.colorbar(image, ax=axes, label=label, ticks=[-1, -0.5, 0, 0.5, 1])
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, length=0)
+    return figure, axes
 
 
 def _quiet(axes: Axes, size: int = 8) -> None:

@@ -51,9 +51,7 @@ def p05_cosine(gram: Tensor) -> Tensor:
 def mean_cosine(gram: Tensor) -> Tensor:
     r"""Return the mean of :math:`C_{ij}` over :math:`i < j`: 0 for unrelated gradients, 1 for parallel ones.
 
-    It lies in :math:`[-1/(n-1), 1]`.
-
-    The cosine form of stiffness: Fort et al. 2019, https://arxiv.org/abs/1901.09491.
+    It lies in :math:`[-1/(n-1), 1]`. The cosine form of stiffness: Fort et al. 2019, https://arxiv.org/abs/1901.09491.
 
     >>> mean_cosine(torch.tensor([[1.0, -2.0], [-2.0, 16.0]]))
     tensor(-0.5000)
@@ -77,7 +75,8 @@ def gradient_norm(gram: Tensor) -> Tensor:
     >>> gradient_norm(torch.tensor([[1.0, -2.0], [-2.0, 25.0]]))
     tensor(3.)
     """
-    return _norms(_checked(gram)).mean()
+    squared = _checked(gram).diagonal().clamp(min=0)  # rounding may leave a zero gradient a negative one
+    return squared.sqrt().mean()
 
 
 def min_inner_product(gram: Tensor) -> Tensor:
@@ -224,7 +223,7 @@ def cosine_matrix(gram: Tensor) -> Tensor:
             [   nan,    nan,    nan]])
     """
     gram = _checked(gram)
-    norms = _norms(gram).masked_fill(gram.diagonal() <= 0, torch.nan)
+    norms = gram.diagonal().masked_fill(gram.diagonal() <= 0, torch.nan).sqrt()
     # One norm at a time: the product of two squared norms leaves the range of float32 long before a norm does.
     upper = (gram / norms[:, None] / norms).clamp(-1, 1).triu(1)
     return upper + upper.T + torch.diag(norms / norms)
@@ -305,11 +304,6 @@ def _checked(gram: Tensor) -> Tensor:
     gram = gram.to(torch.promote_types(gram.dtype, torch.float32))
     # masked_fill, here and below, as torch.where would copy the constant to the device and wait for that.
     return gram.masked_fill(~gram.isfinite().all(), torch.nan)
-
-
-def _norms(gram: Tensor) -> Tensor:
-    """Return sqrt(d), where rounding may have left a zero gradient a negative d."""
-    return gram.diagonal().clamp(min=0).sqrt()
 
 
 def _rescaled(gram: Tensor) -> tuple[Tensor, Tensor]:

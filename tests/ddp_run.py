@@ -22,12 +22,11 @@ from torch.utils.data import DataLoader, Subset
 from torchmetrics import Accuracy
 
 from lightning_gradconf import GradientConfusionCallback
-from lightning_gradconf.batches import sources as source
+from lightning_gradconf.batches.layout import Layout
 from lightning_gradconf.gram.ranks import data_parallel as distributed
 from lightning_gradconf.gram.ranks import factor_exchange as factors
 from lightning_gradconf.reports import report
-from lightning_gradconf.training import measure
-from lightning_gradconf.training import training_step as probe
+from lightning_gradconf.training import isolation, measure
 
 
 class Net(Module):
@@ -130,9 +129,9 @@ class Break(pl.Callback):
             raise RuntimeError("broken on rank 1")
 
         owner, name = {
-            "isolation": (probe, "untouched"),
-            "sampling": (source, "units_of"),
-            "preparation": (measure, "prepare_step"),
+            "isolation": (isolation, "untouched"),
+            "sampling": (Layout, "units"),
+            "preparation": (measure, "is_overridden"),
             "plan": (distributed, "bytes_for_gradients"),
             "forward": (type(module), "measured_loss"),
             "block": (type(module), "measured_loss"),
@@ -151,9 +150,9 @@ class Watched(GradientConfusionCallback):
         self.passes = []
         super().on_train_start(*args)
 
-    def _measure(self, session, *args):
-        self.passes.append(session.trainer.fit_loop.epoch_loop._batches_that_stepped)
-        super()._measure(session, *args)
+    def should_measure(self, trainer):
+        self.passes.append(trainer.fit_loop.epoch_loop._batches_that_stepped)
+        return super().should_measure(trainer)
 
 
 class Leave(pl.Callback):

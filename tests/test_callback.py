@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSa
 from lightning_gradconf import GradientConfusionCallback, gradient_gram, gradient_statistics
 from lightning_gradconf.gram.select import _say_once
 from lightning_gradconf.training import session
-from lightning_gradconf.training.training_step import digests
+from lightning_gradconf.training.isolation import digests
 
 DEFAULT = ["eta", "min_cosine", "p05_cosine", "mean_cosine", "negative_fraction", "gradient_norm"]
 pytestmark = pytest.mark.filterwarnings("ignore::pytorch_lightning.utilities.warnings.PossibleUserWarning")

@@ -13,8 +13,9 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_gradconf.__main__ import main, sparkline
 from lightning_gradconf.plots import plot_curves
+from lightning_gradconf.reports.loggers import show_table
 from lightning_gradconf.reports.saved_runs import accuracy_keys, loss_keys, measured, read_runs, read_settings
-from lightning_gradconf.reports.settings import Settings, show_settings
+from lightning_gradconf.reports.settings import Settings, row_of
 
 pytest.importorskip("matplotlib")
 
@@ -38,7 +39,7 @@ def write(logger, logged=LOGGED, *settings):
     for step, metrics in logged:
         logger.log_metrics(metrics, step)
     for step, compared in enumerate(settings):
-        show_settings(logger, "gradient_confusion", compared, step)
+        show_table(logger, "gradient_confusion/settings", [row_of(compared)], step)
     logger.save()
     logger.finalize("success")
     return logger.log_dir
@@ -143,6 +144,16 @@ def test_reads_the_settings_that_were_logged_last(tmp_path, logger_class):
     assert read_settings([tmp_path]) == read_settings([folder]) == {"version_0": last}
     assert read_settings([tmp_path], "another prefix") == {}
     assert read_runs([tmp_path]) == {"version_0": CURVES}, "settings are no curves"
+
+
+@pytest.mark.parametrize("logger_class", [TensorBoardLogger, CSVLogger])
+def test_reads_the_settings_of_a_prefix_of_two_words(tmp_path, logger_class):
+    logger = logger_class(tmp_path, name="run")
+    logger.log_metrics({"conflict/of layers/min_cosine": 0.5}, 0)
+    show_table(logger, "conflict/of layers/settings", [row_of(Settings(32, 1, "ghost"))], 0)
+    logger.save()
+    logger.finalize("success")
+    assert read_settings([tmp_path], "conflict/of layers") == {"version_0": Settings(32, 1, "ghost")}
 
 
 def test_a_run_without_settings_has_none(tmp_path):

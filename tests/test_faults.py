@@ -18,8 +18,7 @@ from test_no_trace import assert_same
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradconf import GradientConfusionCallback
-from lightning_gradconf.batches import draws
-from lightning_gradconf.batches import sources as source
+from lightning_gradconf.batches import layout, sources
 from lightning_gradconf.gram.ranks import data_parallel
 from lightning_gradconf.reports import report
 
@@ -96,9 +95,9 @@ class FaultyRows(Rows):
 
 # The functions of ours that a stage begins with; at the other stages the user's code fails.
 FUNCTIONS: dict[str, tuple[Any, str]] = {
-    "sampling": (source, "units_of"),
-    "drawing": (source, "draw"),
-    "unit split": (draws, "cut"),
+    "sampling": (layout.Layout, "units"),
+    "drawing": (sources, "draw"),
+    "unit split": (layout, "shares"),
     "isolation": (torch.compiler, "set_stance"),  # in the middle of putting it up
     "contraction": (data_parallel, "blockwise"),
     "statistics": (report, "gradient_statistics"),

@@ -17,7 +17,7 @@ ALLOWED = {
     "gram": {"batches"},
     "statistics": set(),
     "plots": {"reports", "statistics"},  # of reports saved_runs and settings only, see below
-    "reports": {"batches", "plots", "statistics"},  # of batches draws.Origin only, see below
+    "reports": {"batches", "plots", "statistics"},  # of batches units.Origin only, see below
     "metric": {"plots", "statistics"},
     "training": {"batches", "gram", "reports", "statistics"},  # gram and reports know nothing of it
     "callback": {"batches", "gram", "reports", "statistics", "training"},
@@ -67,7 +67,7 @@ def test_figures_know_saved_curves_and_reports_know_where_a_unit_is_from():
     assert {name.split(".")[2] for name in of("reports", FILES["plots.py"])} <= {"saved_runs", "settings"}
     for name, file in FILES.items():
         if name.startswith("reports/"):
-            assert of("batches", file) <= {"lightning_gradconf.batches.draws"}
+            assert of("batches", file) <= {"lightning_gradconf.batches.units"}
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -138,7 +138,7 @@ def test_zero_gradients_are_in_no_pair():
 
 def test_units_without_classes_have_no_statistics_of_classes():
     report = Report(("eta", "within_class_cosine"), False, False, False, 0, PREFIX)
-    assert report.values(Measurement({"weight": torch.eye(2)}, 1, 0)) == {"eta": 0.0}
+    assert report.read(Measurement({"weight": torch.eye(2)}, 1, 0)).statistics == {"eta": 0.0}
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,15 @@
-"""Units and where they come from: cut out of batches, or collated from items of a dataset.
+"""Units that are drawn from a dataset, or read from the beginning of a loader, and collated alone.
 
 Nothing here touches the training loader (`loaders` says why). Draws and collations run within ``Feed.isolated``.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from lightning_gradconf.batches.loaders import (
     Feed,
-    batch_size,
     collate,
     combined,
     draw_indices,
@@ -24,91 +20,8 @@ from lightning_gradconf.batches.loaders import (
     seed_everything,
     shares,
 )
-from lightning_gradconf.batches.samples import WHOLE, SamplePlaces, cut
-from lightning_gradconf.batches.structure import copy_of
-
-
-class Origin(NamedTuple):
-    """Where the samples of a unit come from; of several loaders, those of the first.
-
-    Attributes:
-        samples: Their positions in a batch, or without one, their indices in the dataset.
-        batch: The index of that batch in its loader, None for samples of a dataset.
-        rank: The process that has them.
-
-    >>> str(Origin((3,), batch=12)), str(Origin((40, 7)))
-    ('batch 12, sample 3', 'dataset[40, 7]')
-    """
-
-    samples: tuple[Any, ...]
-    batch: int | None = None
-    rank: int | None = None
-
-    def __str__(self) -> str:
-        shown = ", ".join(map(str, self.samples[:4])) + (", ..." if len(self.samples) > 4 else "")
-        if not self.samples:
-            shown = "?"
-        where = f"dataset[{shown}]" if self.batch is None else f"batch {self.batch}, sample {shown}"
-        return where if self.rank is None else f"rank {self.rank}, {where}"
-
-
-class Unit(NamedTuple):
-    """A batch that one gradient belongs to, and where it comes from.
-
-    Attributes:
-        batch: The batch.
-        origin: Where its samples come from.
-        size: How many they are, of the loader with the fewest; None if that cannot be told.
-    """
-
-    batch: Any
-    origin: Origin
-    size: int | None = None
-
-
-def units_of(
-    batch: Any, batch_idx: int, places: SamplePlaces, sizes: Mapping[str, int], num_units: int | None = None
-) -> list[Unit]:
-    """Return the units that a batch is cut into, each with ``sizes`` samples of its parts."""
-    parts = cut(batch, places, sizes, num_units)
-    first, least = next(iter(sizes.values())), min(sizes.values())
-    return [
-        Unit(part, Origin(tuple(range(i * first, (i + 1) * first)), batch_idx), least) for i, part in enumerate(parts)
-    ]
-
-
-def class_of(batch: Any, labels: str | int | Callable[[Any], Any]) -> int:
-    """Return the class of the one sample in a batch.
-
-    Args:
-        batch: The batch.
-        labels: The key or index of the classes in it, or a function of it.
-
-    Raises:
-        ValueError: There is nothing, or not one whole number.
-    """
-    try:
-        found = labels(batch) if callable(labels) else batch[labels]
-    except (KeyError, IndexError, TypeError) as error:
-        if callable(labels):
-            raise
-        raise ValueError(f"labels={labels!r} is not in the batch, {_entries(batch)}") from error
-    label = torch.as_tensor(found)
-    if label.numel() != 1 or label.is_floating_point():
-        raise ValueError(
-            f"labels={labels!r} must give one whole number for a batch of one sample, found {label.dtype} "
-            f"{tuple(label.shape)}; pass a function of the batch that gives its class"
-        )
-    return int(label)
-
-
-def _entries(batch: Any) -> str:
-    """What a batch has its classes under, in words."""
-    if isinstance(batch, Mapping):
-        return f"which has the keys {', '.join(map(repr, batch))}"
-    if isinstance(batch, list | tuple):
-        return f"a {type(batch).__name__} of {len(batch)}: give an index such as labels={len(batch) - 1}"
-    return f"a {type(batch).__name__}: give a function of the batch that returns its class"
+from lightning_gradconf.batches.samples import WHOLE
+from lightning_gradconf.batches.units import Origin, Unit, copy_of
 
 
 def draw(
@@ -140,21 +53,15 @@ def draw(
                 "source='current', or pass a DataLoader as source"
             )
     sizes = dict.fromkeys(loaders, None) if unit_size == "batch" else shares(loaders, int(unit_size))
-    groups = {path: _drawn(feed, loader, sizes[path], num_units) for path, loader in loaders.items()}
+    groups: dict[str, Sequence[Sequence[Any]]] = {}
+    for path, loader in loaders.items():
+        population = None
+        if feed.overfitted is not None:  # these batches are all that is trained on
+            population = [index for batch in first_indices(loader, None, feed.overfitted) for index in batch]
+        groups[path] = draw_indices(loader, sizes[path], num_units, population)
     if indices is not None and len(loaders) == 1:
-        groups = {path: indices for path in loaders}
+        groups = dict.fromkeys(loaders, indices)
     return collated(feed.loaders, groups, feed.prepare)
-
-
-def _drawn(feed: Feed, loader: Any, size: int | None, num: int) -> Sequence[Sequence[Any]]:
-    """Groups of indices, of the batches that are overfitted if these are all that is trained on."""
-    if feed.overfitted is None:
-        return draw_indices(loader, size, num)
-    population = [index for batch in first_indices(loader, None, feed.overfitted) for index in batch]
-    size = size or batch_size(loader) or 1
-    num = min(num, len(population) // size)
-    indices = random.sample(population, num * size)
-    return [indices[i * size : (i + 1) * size] for i in range(num)]
 
 
 def first_of(feed: Feed, loader: Any, num_units: int, unit_size: int | str, seed: Sequence[int]) -> list[Unit]:

@@ -24,8 +24,9 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from lightning_gradconf.batches.samples import WHOLE, SamplePlaces, learn
+from lightning_gradconf.batches.samples import WHOLE
 from lightning_gradconf.batches.structure import children, deep_copy_of, rebuild
+from lightning_gradconf.batches.units import num_samples
 
 # Of a sampler that does not say how long it is, over data that do not either, no more is taken than this.
 _ENDLESS: Final = 10_000
@@ -51,6 +52,17 @@ class Feed:
     batches: float = float("inf")
     rank: int = 0
     overfitted: int | None = None
+
+    def samples_of(self, batch: Any, batch_idx: int) -> int | None:
+        """Return how many samples a batch in training has, None if that cannot be told."""
+        sizes = [samples_at(loader, batch_idx) for loader in loaders_in(self.loaders).values()]
+        known = [size for size in sizes if size is not None]
+        if len(known) == len(sizes):
+            return min(known)
+        try:
+            return num_samples(batch)
+        except ValueError:
+            return None
 
 
 def loaders_in(structure: Any, path: str = WHOLE) -> dict[str, Any]:
@@ -141,28 +153,24 @@ def shares(loaders: Mapping[str, Any], unit_size: int, counts: Mapping[str, int]
     return {path: max(1, round(unit_size * size / least)) for path, size in sizes.items()}
 
 
-def learn_places(loaders: Any, prepare: Callable[[Any], Any]) -> SamplePlaces | None:
-    """Return where samples lie in the batches of loaders, None if their items cannot be read or are too few.
+def example_indices(loader: Any) -> list[Any]:
+    """Return three indices that tell where samples lie, of one batch if a sampler of the user's puts it together.
 
     Raises:
-        Exception: Samples do not lie side by side.
+        ValueError: The items of the loader cannot be read, or there are fewer than three.
     """
-    flat = list(loaders_in(loaders).values())
-    try:
-        items = [read_items(loader, _examples(loader)) for loader in flat]
-
-        def collated(some: Sequence[int], seed: int) -> Any:
-            seed_everything([seed])
-            parts = [collate(loader, [own[i] for i in some]) for loader, own in zip(flat, items, strict=True)]
-            return prepare(combined(loaders, iter(parts)))
-
-        collated([2], 0)
-    except Exception:  # of the user's dataset, which may work in its workers alone
-        return None
-    return learn(collated)
+    if not has_items(loader):
+        raise ValueError("the loader has no dataset whose items can be read")
+    flat = _flat(loader)
+    if flat is None:
+        found = _batches(loader, None)
+        flat = next((group for group in found if len(group) > 2), [i for group in found for i in group])
+    if len(flat) < 3:
+        raise ValueError("the dataset is too small to tell where samples lie")
+    return [flat[0], flat[len(flat) // 2], flat[-1]]
 
 
-def draw_indices(loader: Any, size: int | None, num: int) -> list[list[Any]]:
+def draw_indices(loader: Any, size: int | None, num: int, population: Sequence[Any] | None = None) -> list[list[Any]]:
     """Return up to ``num`` groups of indices drawn without replacement, from those that the loader's sampler takes.
 
     A batch sampler of the user's own may keep samples together for a reason, such as their length: then the indices of
@@ -172,8 +180,9 @@ def draw_indices(loader: Any, size: int | None, num: int) -> list[list[Any]]:
         loader: A loader of which `has_items` is true.
         size: Indices in a group; None is as many as in a batch.
         num: How many groups; fewer if there are not so many.
+        population: Draw from these indices alone.
     """
-    flat = _flat(loader)
+    flat = _flat(loader) if population is None else population
     if flat is None:
         found = _batches(loader, size)
         return random.sample(found, min(num, len(found)))
@@ -229,13 +238,13 @@ def _reads_its_dataset(loader: DataLoader[Any]) -> bool:
 
 
 def _groups(loader: Any) -> Any:
-    """What yields the indices of whole batches: the batch sampler, or one that is handed in as ``sampler``."""
+    """Return what yields the indices of whole batches: the batch sampler, or one that is handed in as ``sampler``."""
     groups = getattr(loader, "batch_sampler", None)
     return getattr(loader, "sampler", None) if groups is None else groups
 
 
 def _flat(loader: Any) -> Sequence[Any] | None:
-    """The indices that a loader takes, None where a batch sampler of the user's own puts them together."""
+    """Return the indices that a loader takes, None where a batch sampler of the user's own puts them together."""
     groups = _groups(loader)
     if groups is None:  # a loader of the user's own
         return range(len(loader.dataset))
@@ -248,7 +257,7 @@ def _flat(loader: Any) -> Sequence[Any] | None:
 
 
 def _batches(loader: Any, size: int | None) -> list[list[Any]]:
-    """The indices of each batch, in groups of ``size``; whole, but for a short last one, if that is None."""
+    """Return the indices of each batch, in groups of ``size``; whole, but for a short last one, if that is None."""
     groups = _groups(loader)
     found = [list(group) for group in islice(groups, _most(groups, loader))]
     if size is None:
@@ -258,7 +267,7 @@ def _batches(loader: Any, size: int | None) -> list[list[Any]]:
 
 
 def _most(sampler: Any, loader: Any) -> int:
-    """How much to take of a sampler, which may be endless."""
+    """Return how much to take of a sampler, which may be endless."""
     sizes = []
     for owner in (sampler, loader.dataset):
         try:
@@ -268,25 +277,12 @@ def _most(sampler: Any, loader: Any) -> int:
     return min(sizes) if sizes else _ENDLESS
 
 
-def _examples(loader: Any) -> list[Any]:
-    """Three indices that tell where samples lie, from one batch if a sampler of the user's puts it together."""
-    if not has_items(loader):
-        raise ValueError("the loader has no dataset whose items can be read")
-    flat = _flat(loader)
-    if flat is None:
-        found = _batches(loader, None)
-        flat = next((group for group in found if len(group) > 2), [i for group in found for i in group])
-    if len(flat) < 3:
-        raise ValueError("the dataset is too small to tell where samples lie")
-    return [flat[0], flat[len(flat) // 2], flat[-1]]
-
-
 def _dataset_collates(loader: Any) -> bool:
-    """Whether the dataset is asked for all indices of a batch at once, without a batch sampler."""
+    """Return whether the dataset is asked for all indices of a batch at once, without a batch sampler."""
     return getattr(loader, "batch_sampler", loader) is None
 
 
 def _of_batches(loader: Any) -> bool:
-    """Whether an item of the dataset is a whole batch already."""
+    """Return whether an item of the dataset is a whole batch already."""
     plain = (RandomSampler, SequentialSampler, DistributedSampler)
     return _dataset_collates(loader) and isinstance(getattr(loader, "sampler", None), plain)

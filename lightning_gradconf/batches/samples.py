@@ -1,20 +1,19 @@
 """Where the samples of a batch lie: along which dimension of each tensor, or along which lists.
 
 `SamplePlaces` names each leaf of a batch by the expression that leads to it, and says of each where its samples lie:
-the dimension of a tensor, the entries of a list, or None where all samples share it. These places are learned from what
-``collate_fn`` makes of one, two and three items (`learn`), or without items assumed to be dimension 0 (`assume`).
+the dimension of a tensor, the entries of a list, or None where all samples share it. `layout` learns these places from
+what ``collate_fn`` makes of one, two and three items; without items they are assumed to be dimension 0 (`assume`).
 Batches are cut into units along them (`cut`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from numbers import Number
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 from torch import Tensor
 
-from lightning_gradconf.batches.structure import children, copy_of, is_array, leaves, rebuild, same
+from lightning_gradconf.batches.structure import children, copy_of, is_array, leaves, rebuild
 
 Where = int | Literal["entries"] | None
 SamplePlaces = dict[str, Where]
@@ -22,40 +21,6 @@ SamplePlaces = dict[str, Where]
 ENTRIES: Final = "entries"
 # The batch of one loader: its place in a batch of several is the expression that leads to it.
 WHOLE: Final = "batch"
-_ITEMS = 3
-
-
-def learn(collated: Callable[[Sequence[int], int], Any]) -> SamplePlaces:
-    """Return where samples lie in a batch, from batches of one, two and three items.
-
-    A leaf that does not grow with the number of items is shared if it is the same for each number, and so is one that
-    ``collate_fn`` draws at random. A unit that is cut out of three items must be what ``collate_fn`` makes of one of
-    them alone, but for padding and random numbers. So neither a row of nodes nor the index of an image in its batch
-    can pass for samples, whatever the sizes happen to be.
-
-    Args:
-        collated: ``collated(items, seed)`` is the batch of some of three items, their numbers given, collated from a
-            random state that depends on the seed alone.
-
-    Raises:
-        ValueError: Samples do not lie side by side.
-
-    >>> import torch
-    >>> items = [(torch.randn(5), "a"), (torch.randn(5), "b"), (torch.randn(5), "c")]
-    >>> learn(lambda some, seed: {"x": torch.stack([items[i][0] for i in some], 1), "id": [items[i][1] for i in some]})
-    {"batch['x']": 1, "batch['id']": 'entries'}
-    """
-    alone = [collated([i], 0) for i in range(_ITEMS)]
-    three = collated(range(_ITEMS), 0)
-    places: SamplePlaces = {}
-    drawn: set[str] = set()
-    _grow(WHOLE, (alone[0], collated(range(2), 0), three), collated(range(_ITEMS), 1), places, drawn)
-    if all(where is None for where in places.values()):
-        raise ValueError("nothing in the batch grows with the number of items")
-    for unit in cut(three, places, {WHOLE: 1}):
-        if not any(_agree(unit, other, drawn) for other in alone):
-            raise ValueError("a sample cut out of a batch is another one than collate_fn makes of its item alone")
-    return places
 
 
 def assume(batch: Any, batch_size: int | None = None, path: str = WHOLE) -> SamplePlaces:
@@ -143,9 +108,7 @@ def count(batch: Any, places: SamplePlaces, parts: Sequence[str] = (WHOLE,)) -> 
     return {part: next(iter(found.values())) for part, found in sizes.items() if found}
 
 
-def cut(
-    batch: Any, places: SamplePlaces, sizes: Mapping[str, int], num_units: int | None = None, start: int = 0
-) -> list[Any]:
+def cut(batch: Any, places: SamplePlaces, sizes: Mapping[str, int], num_units: int | None = None) -> list[Any]:
     """Return a batch as a list of units: copies, so that no unit aliases the batch.
 
     Args:
@@ -154,23 +117,22 @@ def cut(
         sizes: The samples that a unit takes of each part of the batch, the parts named by the expressions that lead
             to them; ``{"batch": k}`` where it has only one.
         num_units: Take only the first so many units; None takes all that are full.
-        start: Leave out as many units in the beginning.
 
     Raises:
         ValueError: The batch does not fit the places.
     """
     parts = tuple(sizes)
-    available = min(size // sizes[part] for part, size in count(batch, places, parts).items()) - start
-    n = max(0, available if num_units is None else min(num_units, available))
+    available = min(size // sizes[part] for part, size in count(batch, places, parts).items())
+    n = available if num_units is None else min(num_units, available)
 
     def own(node: Any, path: str) -> list[Any]:
-        """What each unit has of a part of the batch."""
+        """Return what each unit has of a part of the batch."""
         if path in places:
             where = places[path]
             if where is None:
                 return [node.clone() if isinstance(node, Tensor) else node for _ in range(n)]
             k = sizes[part_of(path, parts)]
-            slices = [slice((start + i) * k, (start + i + 1) * k) for i in range(n)]
+            slices = [slice(i * k, (i + 1) * k) for i in range(n)]
             if where == ENTRIES:
                 return [copy_of(node[samples]) for samples in slices]
             before = (slice(None),) * where
@@ -213,7 +175,7 @@ def part(batch: Any, path: str) -> Any:
 
 
 def _samples_of_lists(batch: Any) -> int | None:
-    """The number of samples where they lie along lists, not along dimension 0 of tensors; None elsewhere.
+    """Return the number of samples where they lie along lists, not along dimension 0 of tensors; None elsewhere.
 
     Only a list of mappings tells: a list of tensors may as well be several inputs, each of many samples.
     """
@@ -235,72 +197,13 @@ def _is_tuple_of_inputs(batch: Any) -> bool:
 
 
 def _is_list_of_mappings(node: Any) -> bool:
-    """Whether ``node`` is a list of dictionaries, one a sample."""
+    """Return whether ``node`` is a list of dictionaries, one a sample."""
     return isinstance(node, list | tuple) and bool(node) and all(isinstance(entry, Mapping) for entry in node)
 
 
 def _one_a_sample(leaf: Any, size: int) -> bool:
-    """Whether a leaf that is no tensor holds one entry for each of ``size`` samples."""
+    """Return whether a leaf that is no tensor holds one entry for each of ``size`` samples."""
     return (isinstance(leaf, list | tuple) or hasattr(leaf, "__array__")) and len(leaf) == size
-
-
-def _grow(path: str, nodes: tuple[Any, Any, Any], again: Any, places: SamplePlaces, drawn: set[str]) -> None:
-    """Compare what one, two and three items make of a part of the batch, and note where it grows.
-
-    ``again`` is what the three make of it from another random state.
-    """
-    first = nodes[0]
-    if len({type(node) for node in nodes}) > 1:
-        raise ValueError(f"{path} has another type for one item than for several")
-    if isinstance(first, Tensor) or is_array(first):
-        shapes = [tuple(node.shape) for node in nodes]
-        growing = []
-        if len({len(shape) for shape in shapes}) == 1:
-            growing = [d for d in range(len(shapes[0])) if [shape[d] for shape in shapes] == [1, 2, 3]]
-        if len(growing) == 1:
-            places[path] = growing[0]
-            if not same(nodes[2], again):
-                drawn.add(path)
-            return
-        if growing or len(set(shapes)) > 1:
-            words = ", ".join(map(str, shapes))
-            raise ValueError(f"{path} has the shapes {words} for one, two and three items")
-    elif isinstance(first, list | tuple) and [len(node) for node in nodes] == [1, 2, 3]:
-        places[path] = ENTRIES
-        if not same(nodes[2], again):
-            drawn.add(path)
-        return
-    elif entries := children(first):
-        keys = [[key for key, _ in children(node)] for node in (*nodes, again)]
-        if any(other != keys[0] for other in keys):
-            raise ValueError(f"{path} has other entries for one item than for several")
-        columns = zip(*([child for _, child in children(node)] for node in (*nodes, again)), strict=True)
-        for (key, _), (*column, other) in zip(entries, columns, strict=True):
-            _grow(path + key, (column[0], column[1], column[2]), other, places, drawn)
-        return
-    places[path] = None
-    if (isinstance(first, Tensor | Number) or is_array(first)) and not same(nodes[2], again):
-        drawn.add(path)
-        return
-    if not (same(nodes[0], nodes[1]) and same(nodes[1], nodes[2])):
-        if first is None or isinstance(first, Tensor | Number | str | list | tuple | Mapping) or is_array(first):
-            raise ValueError(f"{path} differs between batches of one, two and three items")
-        raise ValueError(f"samples cannot be told apart in {path}, an object of type {type(first).__name__}")
-
-
-def _agree(a: Any, b: Any, drawn: set[str], path: str = WHOLE) -> bool:
-    """Whether a unit cut out of a batch is one collated alone, but for padding and random numbers."""
-    if path in drawn:
-        return True
-    if isinstance(a, Tensor) or is_array(a):
-        return a.shape != b.shape or same(a, b)
-    entries, others = children(a), children(b)
-    if entries and len(entries) == len(others):
-        pairs = zip(entries, others, strict=True)
-        return all(_agree(x, y, drawn, path + key) for (key, x), (_, y) in pairs)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):  # padded, or empty
-        return True
-    return same(a, b)
 
 
 def _shapes(found: Mapping[str, Any]) -> str:

@@ -6,15 +6,12 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_gradconf.batches.draws import Origin, Unit, draw, first_of, units_of
+from lightning_gradconf.batches.draws import draw, first_of
 from lightning_gradconf.batches.layout import Layout
-from lightning_gradconf.batches.loaders import Feed, has_items, loaders_in, samples_at, seed_everything
-from lightning_gradconf.batches.structure import copy_of, leaves
-from lightning_gradconf.batches.units import num_samples
+from lightning_gradconf.batches.loaders import Feed, has_items, loaders_in, seed_everything
+from lightning_gradconf.batches.units import Origin, Unit, copy_of, shapes_of
 
 
 class Source:
@@ -47,7 +44,7 @@ class Source:
         self._recent: deque[Unit] = deque()
         self._layout: Layout | None = None
         self._largest: dict[str, int] = {}
-        self._shapes: list[torch.Size] = []
+        self._last_cut: Unit | None = None
         self._error: Exception | None = None
         self._fixed: list[Unit] | None = None
         self._fixed_indices = fixed_indices
@@ -68,18 +65,7 @@ class Source:
         if not self._cuts_current or not (due or self._over_batches):
             return
         try:
-            if first := self._layout is None:
-                with feed.isolated(feed.loaders):
-                    self._layout = Layout(feed, feed.loaders)
-            assert self._layout is not None
-            try:
-                found = self._units_of(self._layout, batch, batch_idx, None if self._over_batches else self._num_units)
-                if first and len(found) < 2 and self._unit_size == 1:
-                    self.collate_instead(feed, "the first batch has one sample, and it takes two to disagree")
-            except ValueError as error:
-                if not self.collate_instead(feed, str(error)):
-                    raise
-                return
+            found = self._units_in(feed, batch, batch_idx)
         except Exception as error:  # of this rank alone, to be raised where all ranks hear of it
             self._error = error
             return
@@ -91,7 +77,7 @@ class Source:
         self._recent.extend(found)
 
     def ready(self, n: int | None) -> bool:
-        """Whether there are n units; before n is known, as many as there can be, which then decides on n."""
+        """Return whether there are n units; before n is known, as many as there can be, which then decides on n."""
         if not self._cuts_current or self._error is not None:
             return True
         if n is not None:
@@ -123,17 +109,16 @@ class Source:
 
     def reads(self, feed: Feed) -> Any:
         """Return the loaders whose items `units` reads, none where it has the batches in training."""
-        if self._cuts_current:
-            return []
-        return self._kind if isinstance(self._kind, DataLoader) else feed.loaders
+        return [] if self._cuts_current else self._loaders(feed)
 
     def pads(self, feed: Feed, step: int) -> bool:
         """Return whether the last units that were cut out of a batch have other shapes than units collated alone."""
-        if not self._shapes or not self._can_collate(feed):
+        if self._last_cut is None or not self._can_collate(feed):
             return False
+        shapes = shapes_of(self._last_cut.batch)
         try:
-            with feed.isolated(self._kind if isinstance(self._kind, DataLoader) else feed.loaders):
-                return any(_shapes(unit) != self._shapes for unit in self._collated(feed, self._num_units, step))
+            with feed.isolated(self._loaders(feed)):
+                return any(shapes_of(unit.batch) != shapes for unit in self._collated(feed, self._num_units, step))
         except Exception:  # of the user's dataset
             return False
 
@@ -161,28 +146,15 @@ class Source:
         """Take back `collate_instead`, which has not helped."""
         self._alone, self.remark = False, None
 
-    def samples_of(self, feed: Feed, batch: Any, batch_idx: int) -> int | None:
-        """Return how many samples a batch in training has, None if that cannot be told."""
-        sizes = [samples_at(loader, batch_idx) for loader in loaders_in(feed.loaders).values()]
-        if None not in sizes:
-            return min(size for size in sizes if size is not None)
-        try:
-            return num_samples(batch)
-        except ValueError:
-            return None
-
-    def forget(self) -> None:
-        """Release the batches kept."""
-        self._recent.clear()
-        self._fixed_indices = self.fixed_indices
-        self._fixed = None
+    def _loaders(self, feed: Feed) -> Any:
+        """Return the user's own loader, or else those of the training."""
+        return self._kind if isinstance(self._kind, DataLoader) else feed.loaders
 
     def _can_collate(self, feed: Feed) -> bool:
-        """Whether units are cut out of batches now, and could be collated alone."""
-        given = isinstance(self._kind, DataLoader)
-        if self._unit_size == "batch" or self._alone or not (given or self._kind == "current"):
+        """Return whether units are cut out of batches now, and could be collated alone."""
+        if self._unit_size == "batch" or self._alone or self._kind in ("fresh", "fixed"):
             return False
-        return all(map(has_items, loaders_in(self._kind if given else feed.loaders).values()))
+        return all(map(has_items, loaders_in(self._loaders(feed)).values()))
 
     def _collated(self, feed: Feed, wanted: int, step: int) -> list[Unit]:
         seed = (self._seed, step, feed.rank)
@@ -191,7 +163,7 @@ class Source:
         return draw(feed, wanted, self._unit_size, seed)
 
     def _read(self, feed: Feed, loader: DataLoader[Any], wanted: int, step: int) -> list[Unit]:
-        """The first units of a loader of the user's, started anew."""
+        """Return the first units of a loader of the user's, started anew."""
         if self._layout is None:
             self._layout = Layout(feed, loader)
         if self._layout.reason is not None:
@@ -206,13 +178,28 @@ class Source:
                 break
         return found
 
+    def _units_in(self, feed: Feed, batch: Any, batch_idx: int) -> list[Unit]:
+        """Return the units in a batch of the training; none where they are collated alone from now on."""
+        layout, num_units = self._layout, None if self._over_batches else self._num_units
+        if layout is None:
+            with feed.isolated(feed.loaders):
+                layout = Layout(feed, feed.loaders)
+        first, self._layout = self._layout is None, layout
+        try:
+            found = self._units_of(layout, batch, batch_idx, num_units)
+        except ValueError as error:
+            if not self.collate_instead(feed, str(error)):
+                raise
+            return []
+        if first and len(found) < 2 and self._unit_size == 1:
+            self.collate_instead(feed, "the first batch has one sample, and it takes two to disagree")
+        return found
+
     def _units_of(self, layout: Layout, batch: Any, batch_idx: int, num_units: int | None) -> list[Unit]:
-        """The units in a batch; with ``unit_size="batch"`` it is one, unless it is shorter than others."""
+        """Return the units in a batch; with ``unit_size="batch"`` it is one, unless it is shorter than others."""
         if self._unit_size != "batch":
-            places, counts = layout.placed(batch)
-            sizes = layout.shares(int(self._unit_size), counts)
-            found = units_of(batch, batch_idx, places, sizes, num_units)
-            self._shapes = _shapes(found[-1]) if found else []
+            found = layout.units(batch, batch_idx, int(self._unit_size), num_units)
+            self._last_cut = found[-1] if found else None
             return found
         counts = layout.counts(batch, batch_idx)
         if any(size < self._largest.get(path, 0) for path, size in counts.items()):
@@ -222,7 +209,3 @@ class Source:
         self._largest |= counts
         first = next(iter(counts.values()), 0)
         return [Unit(copy_of(batch), Origin(tuple(range(first)), batch_idx), min(counts.values(), default=None))]
-
-
-def _shapes(unit: Unit) -> list[torch.Size]:
-    return [leaf.shape for _, leaf in leaves(unit.batch) if isinstance(leaf, Tensor)]

@@ -1,13 +1,13 @@
 """A batch of any structure as n units of k samples, and back.
 
 A *unit* is what one gradient belongs to. It is itself a batch, so the user's code always sees a batch, of one
-sample at the smallest. Here samples lie on dimension 0, as `samples.assume` says.
+sample at the smallest. For `split`, samples lie on dimension 0, as `samples.assume` says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,45 @@ from torch import Tensor
 from lightning_gradconf.batches.samples import WHOLE, assume, count, cut
 from lightning_gradconf.batches.structure import copy_of, leaves, map_leaves, same
 
-__all__ = ["copy_of", "num_samples", "shapes_of", "split", "stack"]
+__all__ = ["Origin", "Unit", "class_of", "copy_of", "num_samples", "shapes_of", "split", "stack"]
+
+
+class Origin(NamedTuple):
+    """Where the samples of a unit come from; of several loaders, those of the first.
+
+    Attributes:
+        samples: Their positions in a batch, or without one, their indices in the dataset.
+        batch: The index of that batch in its loader, None for samples of a dataset.
+        rank: The process that has them.
+
+    >>> str(Origin((3,), batch=12)), str(Origin((40, 7)))
+    ('batch 12, sample 3', 'dataset[40, 7]')
+    """
+
+    samples: tuple[Any, ...]
+    batch: int | None = None
+    rank: int | None = None
+
+    def __str__(self) -> str:
+        shown = ", ".join(map(str, self.samples[:4])) + (", ..." if len(self.samples) > 4 else "")
+        if not self.samples:
+            shown = "?"
+        where = f"dataset[{shown}]" if self.batch is None else f"batch {self.batch}, sample {shown}"
+        return where if self.rank is None else f"rank {self.rank}, {where}"
+
+
+class Unit(NamedTuple):
+    """A batch that one gradient belongs to, and where it comes from.
+
+    Attributes:
+        batch: The batch.
+        origin: Where its samples come from.
+        size: How many they are, of the loader with the fewest; None if that cannot be told.
+    """
+
+    batch: Any
+    origin: Origin
+    size: int | None = None
 
 
 def num_samples(batch: Any) -> int:
@@ -87,3 +125,37 @@ def stack(
 def shapes_of(unit: Any) -> Hashable:
     """Return what units must have in common to be stacked: where their tensors are, their shapes and types."""
     return tuple((path, leaf.shape, leaf.dtype) for path, leaf in leaves(unit) if isinstance(leaf, Tensor))
+
+
+def class_of(batch: Any, labels: str | int | Callable[[Any], Any]) -> int:
+    """Return the class of the one sample in a batch.
+
+    Args:
+        batch: The batch.
+        labels: The key or index of the classes in it, or a function of it.
+
+    Raises:
+        ValueError: There is nothing, or not one whole number.
+    """
+    try:
+        found = labels(batch) if callable(labels) else batch[labels]
+    except (KeyError, IndexError, TypeError) as error:
+        if callable(labels):
+            raise
+        raise ValueError(f"labels={labels!r} is not in the batch, {_entries(batch)}") from error
+    label = torch.as_tensor(found)
+    if label.numel() != 1 or label.is_floating_point():
+        raise ValueError(
+            f"labels={labels!r} must give one whole number for a batch of one sample, found {label.dtype} "
+            f"{tuple(label.shape)}; pass a function of the batch that gives its class"
+        )
+    return int(label)
+
+
+def _entries(batch: Any) -> str:
+    """Return what a batch has its classes under, in words."""
+    if isinstance(batch, Mapping):
+        return f"which has the keys {', '.join(map(repr, batch))}"
+    if isinstance(batch, list | tuple):
+        return f"a {type(batch).__name__} of {len(batch)}: give an index such as labels={len(batch) - 1}"
+    return f"a {type(batch).__name__}: give a function of the batch that returns its class"

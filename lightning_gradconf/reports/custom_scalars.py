@@ -7,10 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from lightning_gradconf.reports.loggers import BAND
 
 Layout = dict[str, dict[str, list[str | list[str]]]]
-_BAND = {"mean": None, "p05": 0.05, "p95": 0.95}  # as a margin chart wants them: value, lower, upper
 # An event file begins with its version, which takes less than this; a page takes more.
 _BYTES_OF_VERSION = 100
 
@@ -30,17 +29,9 @@ def charts(prefix: str) -> Layout:
     return {
         prefix: {
             "min_cosine, loss, accuracy: see Matches": ["Multiline", [f"{ours}([^/]+/)?min_cosine$", *named]],
-            "cosines, 5 % to 95 %": ["Margin", [f"{prefix}/cosines/{name}" for name in _BAND]],
+            "cosines, 5 % to 95 %": ["Margin", [f"{prefix}/cosines/{name}" for name in BAND]],
         }
     }
-
-
-def add_band(experiment: Any, prefix: str, cosines: Tensor, step: int) -> None:
-    """Log the three curves of the band: mean, 5 % and 95 % quantile of the cosines ``(m,)``."""
-    for name, share in _BAND.items():
-        ordered = cosines.sort().values
-        value = cosines.mean() if share is None else ordered[round(share * (len(ordered) - 1))]
-        experiment.add_scalar(f"{prefix}/cosines/{name}", float(value), step)
 
 
 def add_page(experiment: Any, prefixes: Iterable[str]) -> None:

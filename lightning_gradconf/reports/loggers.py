@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
+BAND = {"mean": None, "p05": 0.05, "p95": 0.95}  # as a margin chart of TensorBoard wants them: value, lower, upper
 _BINS = 40
 _KINDS = ("TensorBoardLogger", "WandbLogger", "MLFlowLogger", "CSVLogger")
 
@@ -41,12 +42,19 @@ def log_numbers(logger: Any, numbers: Mapping[str, float], step: int, epoch: int
 
 
 def show_cosines(logger: Any, tag: str, cosines: Tensor, step: int) -> None:
-    """Show the distribution of cosines ``(m,)`` at a step, in TensorBoard and Weights & Biases."""
+    """Show the distribution of cosines ``(m,)`` at a step, in TensorBoard and Weights & Biases.
+
+    TensorBoard also has the curves of a band: their mean and their 5 % and 95 % quantiles.
+    """
     # TensorBoard's own bins are made for weights: 1500 of them, most of them close to 0.
     edges = torch.linspace(-1, 1, _BINS + 1)
     match kind(logger):
         case "TensorBoardLogger":
             logger.experiment.add_histogram(tag, cosines, step, bins=edges.tolist())
+            ordered = cosines.sort().values
+            for name, share in BAND.items():
+                value = cosines.mean() if share is None else ordered[round(share * (len(ordered) - 1))]
+                logger.experiment.add_scalar(f"{tag}/{name}", float(value), step)
         case "WandbLogger":
             import wandb
 
@@ -87,7 +95,7 @@ def show_table(logger: Any, tag: str, rows: Sequence[Mapping[str, str]], step: i
 
 
 def _pixels(figure: Figure) -> np.ndarray[Any, Any]:
-    """A figure as ``(height, width, 3)``."""
+    """Return a figure as ``(height, width, 3)``."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_gradconf import plots
-from lightning_gradconf.batches.draws import Origin
-from lightning_gradconf.reports.custom_scalars import add_band
-from lightning_gradconf.reports.loggers import kind, show_cosines, show_figure, show_table
-from lightning_gradconf.reports.settings import Settings
+from lightning_gradconf.batches.units import Origin
+from lightning_gradconf.reports.loggers import show_cosines, show_figure, show_table
+from lightning_gradconf.reports.settings import Settings, row_of
 from lightning_gradconf.statistics import cosine_matrix, gradient_statistics, min_cosine, pairwise_cosines
 
 if TYPE_CHECKING:
@@ -91,9 +90,25 @@ class Pair(NamedTuple):
     labels: tuple[int, int] | None
 
 
+class Reading(NamedTuple):
+    """What a measurement says.
+
+    Attributes:
+        measurement: What was measured.
+        statistics: Its statistics, by name.
+        layers: The lowest cosine of each submodule that is reported by itself.
+        pairs: The pairs of units with the lowest cosines, the lowest first.
+    """
+
+    measurement: Measurement
+    statistics: dict[str, float]
+    layers: dict[str, float]
+    pairs: list[Pair]
+
+
 @dataclass
 class Report:
-    """Tells what is wanted of each measurement, by the arguments of the callback, and of all when the run ends."""
+    """Reads from each measurement what is wanted, by the arguments of the callback, and shows it and the whole run."""
 
     statistics: Sequence[str]
     per_layer: bool | int
@@ -101,12 +116,15 @@ class Report:
     figures: bool
     top_pairs: int
     prefix: str
-    compared: Settings | None = None  # what the last measurement compared, once it was logged
+    _compared: Settings | None = None  # what the last measurement compared
     _steps: list[int] = field(default_factory=list)
     _of_layers: dict[str, list[float]] = field(default_factory=dict)
 
-    def values(self, measured: Measurement) -> dict[str, float]:
-        """Return the statistics of a measurement by their names."""
+    def read(self, measured: Measurement) -> Reading:
+        """Return what a measurement says, and keep what it says of submodules for the end of the run."""
+        return Reading(measured, self._statistics_of(measured), self._layers_of(measured), self._pairs_of(measured))
+
+    def _statistics_of(self, measured: Measurement) -> dict[str, float]:
         size = measured.unit_size
         own = {"num_units": float(len(measured.gram)), "seconds": measured.seconds}
         names = [name for name in self.statistics if name not in own]
@@ -118,13 +136,9 @@ class Report:
         numbers = {name: float(value) for name, value in values.items()}
         return numbers | {name: value for name, value in own.items() if name in self.statistics}
 
-    def of_layers(self, measured: Measurement) -> dict[str, float]:
-        """Return the lowest cosine of each submodule that is reported by itself, and keep it for the end."""
-        grams = measured.grams
-        values = {
-            layer: float(min_cosine(torch.stack([grams[name] for name in names]).sum(0)))
-            for layer, names in _layers(list(grams), self.per_layer).items()
-        }
+    def _layers_of(self, measured: Measurement) -> dict[str, float]:
+        layers = _layers(measured.grams, self.per_layer)
+        values = {layer: float(min_cosine(torch.stack(grams).sum(0))) for layer, grams in layers.items()}
         for layer in values:
             self._of_layers.setdefault(layer, [math.nan] * len(self._steps))  # frozen until now
         for layer, known in self._of_layers.items():
@@ -132,55 +146,72 @@ class Report:
         self._steps.append(measured.step)
         return values
 
-    def pairs(self, measured: Measurement) -> list[Pair]:
-        """Return the pairs of units with the lowest cosines, the lowest first."""
+    def _pairs_of(self, measured: Measurement) -> list[Pair]:
         if not measured.origins:
             return []
-        cosines = cosine_matrix(measured.gram)
+        cosines, labels, origins = cosine_matrix(measured.gram), measured.labels, measured.origins
         rows, columns = torch.triu_indices(len(cosines), len(cosines), offset=1)
-        found = cosines[rows, columns]
-        # NaN sorts last; as many as are wanted and are none.
-        order = found.argsort()[: min(self.top_pairs, int((~found.isnan()).sum()))].tolist()
-        labels, origins = measured.labels, measured.origins
-        return [
-            Pair(
-                float(found[k]),
-                (i, j),
-                (origins[i], origins[j]),
-                None if labels is None else (int(labels[i]), int(labels[j])),
-            )
-            for k, i, j in ((k, int(rows[k]), int(columns[k])) for k in order)
-        ]
+        of_pairs = cosines[rows, columns]
+        wanted = min(self.top_pairs, int((~of_pairs.isnan()).sum()))
+        lowest = of_pairs.argsort()[:wanted].tolist()  # NaN sorts last
+        pairs = []
+        for k in lowest:
+            i, j = int(rows[k]), int(columns[k])
+            classes = None if labels is None else (int(labels[i]), int(labels[j]))
+            pairs.append(Pair(float(of_pairs[k]), (i, j), (origins[i], origins[j]), classes))
+        return pairs
 
-    def figures_of(self, measured: Measurement, pairs: Sequence[Pair]) -> dict[str, Figure]:
+    def figures_of(self, reading: Reading) -> dict[str, Figure]:
         """Return the figures of a measurement by their names; none of one without any cosine."""
-        return dict(self._figures_of(measured, pairs)) if len(measured.cosines) else {}
-
-    def _figures_of(self, measured: Measurement, pairs: Sequence[Pair]) -> Iterator[tuple[str, Figure]]:
+        measured, pairs = reading.measurement, reading.pairs
+        figures: dict[str, Figure] = {}
+        if not len(measured.cosines):
+            return figures
         if self.figures:
-            yield "heatmap", plots.plot_gram(measured.gram, labels=measured.labels)
-            yield "density", plots.plot_density(measured.gram)
+            figures["heatmap"] = plots.plot_gram(measured.gram, labels=measured.labels)
+            figures["density"] = plots.plot_density(measured.gram)
             if measured.labels is not None:
-                yield "classes", plots.plot_classes(measured.gram, measured.labels)
+                figures["classes"] = plots.plot_classes(measured.gram, measured.labels)
         images = [_image(unit) for unit in measured.units]
         one_shape = len({None if image is None else image.shape for image in images}) == 1 and images[0] is not None
         if pairs and one_shape and find_spec("matplotlib") is not None:
             first = pairs[:_MOST_IMAGES]
             shown = torch.stack([torch.stack([images[i] for i in pair.units]) for pair in first])  # type: ignore[misc]
-            yield "top_pairs", plots.plot_pairs(shown, [_caption(pair) for pair in first])
+            figures["top_pairs"] = plots.plot_pairs(shown, [_caption(pair) for pair in first])
+        return figures
 
-    def show(self, logger: Any, measured: Measurement, figures: Mapping[str, Figure], pairs: Sequence[Pair]) -> None:
-        """Send the pictures and tables of a measurement to a logger that can show them."""
-        if not len(measured.cosines):
-            return
-        if self.histogram:
+    def tables_of(self, reading: Reading) -> dict[str, list[dict[str, str]]]:
+        """Return the tables of a measurement, as rows by their names.
+
+        The settings are one at the first measurement, and again when they change, as the engine does if ``auto`` falls
+        back.
+        """
+        measured, tables = reading.measurement, {}
+        if reading.pairs:
+            tables["top_pairs"] = [_row(pair) for pair in reading.pairs]
+        compared = Settings(len(measured.gram), measured.unit_size, measured.engine)
+        if compared != self._compared:
+            self._compared = compared
+            tables["settings"] = [row_of(compared)]
+        return tables
+
+    def show(
+        self,
+        logger: Any,
+        measured: Measurement,
+        tables: Mapping[str, Sequence[Mapping[str, str]]],
+        figures: Mapping[str, Figure],
+    ) -> None:
+        """Send the tables and pictures of a measurement to a logger that can show them.
+
+        Its numbers come first: a CSVLogger wants an empty folder until then.
+        """
+        for name, rows in tables.items():
+            show_table(logger, f"{self.prefix}/{name}", rows, measured.step)
+        if self.histogram and len(measured.cosines):
             show_cosines(logger, f"{self.prefix}/cosines", measured.cosines, measured.step)
-            if kind(logger) == "TensorBoardLogger":
-                add_band(logger.experiment, self.prefix, measured.cosines, measured.step)
         for name, figure in figures.items():
             show_figure(logger, f"{self.prefix}/{name}", figure, measured.step)
-        if pairs:
-            show_table(logger, f"{self.prefix}/top_pairs", [_row(pair) for pair in pairs], measured.step)
 
     def show_layers(self, loggers: Sequence[Any]) -> None:
         """Send the picture of what all measurements have found layer by layer."""
@@ -191,21 +222,21 @@ class Report:
             show_figure(logger, f"{self.prefix}/layers", figure, self._steps[-1])
 
 
-def _layers(names: list[str], per_layer: bool | int) -> dict[str, list[str]]:
-    """The names of parameters by the submodule that they are logged under."""
-    layers: dict[str, list[str]] = {}
-    if per_layer is False or per_layer == 0:
+def _layers(grams: Mapping[str, Tensor], per_layer: bool | int) -> dict[str, list[Tensor]]:
+    """Return the Grams of parameters by the submodule that they are logged under."""
+    layers: dict[str, list[Tensor]] = {}
+    if not per_layer:
         return layers
-    depth = math.inf if per_layer is True else per_layer
-    for name in names:
+    depth = None if per_layer is True else per_layer
+    for name, gram in grams.items():
         path = name.split(".")
         owner = path[:-1] or path  # a parameter of the LightningModule itself has no submodule
-        layers.setdefault(".".join(owner[: int(min(depth, len(owner)))]), []).append(name)
+        layers.setdefault(".".join(owner[:depth]), []).append(gram)
     return layers
 
 
 def _image(unit: Any) -> Tensor | None:
-    """The image ``(C, H, W)`` in a unit of one sample, None if there is none."""
+    """Return the image ``(C, H, W)`` in a unit of one sample, None if there is none."""
     for leaf in tree_leaves(unit):
         if isinstance(leaf, Tensor) and leaf.dim() == 4 and leaf.shape[:2] in ((1, 1), (1, 3)) and leaf.numel() > 9:
             return leaf[0].detach().float().cpu()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,7 @@ def read_runs(paths: Iterable[str | Path]) -> dict[str, dict[str, Curve]]:
     that holds such files; its name is its path below what all runs share. Raises ``FileNotFoundError`` for a path
     that is not there or without any run.
     """
-    runs: dict[str, dict[str, Curve]] = {}
-    for name, files in _files_of_runs(paths).items():
-        run = runs.setdefault(name, {})
-        for file in files:
-            for key, curve in _read(file).items():  # a run that was resumed goes on in a second file
-                run[key] = dict(sorted((run.get(key, {}) | curve).items()))
-    return runs
+    return {name: curves for name, (curves, _) in _read(paths, prefix="").items()}
 
 
 def read_settings(paths: Iterable[str | Path], prefix: str = "gradient_confusion") -> dict[str, Settings]:
@@ -36,12 +30,26 @@ def read_settings(paths: Iterable[str | Path], prefix: str = "gradient_confusion
 
     Runs have the names that ``read_runs`` gives them. Raises ``FileNotFoundError`` for a path without any run.
     """
-    found = {}
-    for name, files in _files_of_runs(paths).items():
-        for file in files:
-            if (row := _settings_row(file, prefix)) is not None:  # the last is what a resumed run went on with
-                found[name] = settings_from(row)
-    return found
+    return {name: settings for name, (_, settings) in _read(paths, prefix).items() if settings is not None}
+
+
+def read_sources(
+    source: str | Path | Sequence[str | Path] | Mapping[str, str | Path], prefix: str = "gradient_confusion"
+) -> tuple[dict[str, dict[str, Curve]], dict[str, Settings]]:
+    """Return what `read_runs` and `read_settings` do of a path, of several, or of ``{name: path}``.
+
+    A run has the name of its path, before its own name where the path holds several.
+    """
+    runs, settings = dict[str, dict[str, Curve]](), dict[str, Settings]()
+    for given, where in source.items() if isinstance(source, Mapping) else [("", source)]:
+        paths = [where] if isinstance(where, str | Path) else where
+        found = _read(paths, prefix)
+        for run, (curves, compared) in found.items():
+            name = run if not given else given if len(found) == 1 else f"{given}/{run}"
+            runs[name] = curves
+            if compared is not None:
+                settings[name] = compared
+    return runs, settings
 
 
 def measured(
@@ -87,6 +95,20 @@ def _named(keys: Iterable[str], part: str) -> list[str]:
     return sorted(named, key=lambda key: ("train" not in key.lower(), key))
 
 
+def _read(paths: Iterable[str | Path], prefix: str) -> dict[str, tuple[dict[str, Curve], Settings | None]]:
+    """Return the curves of each run, by its name, and its settings if it has logged them under ``prefix``."""
+    runs: dict[str, tuple[dict[str, Curve], Settings | None]] = {}
+    for name, files in _files_of_runs(paths).items():
+        curves, settings = dict[str, Curve](), None
+        for file in files:  # a run that was resumed goes on in a second file
+            found, row = _read_csv(file, prefix) if file.suffix == ".csv" else _read_events(file, prefix)
+            for key, curve in found.items():
+                curves[key] = dict(sorted((curves.get(key, {}) | curve).items()))
+            settings = settings if row is None else settings_from(row)
+        runs[name] = curves, settings
+    return runs
+
+
 def _files_of_runs(paths: Iterable[str | Path]) -> dict[str, list[Path]]:
     """Return the files of each run, by its name."""
     found: dict[Path, list[Path]] = {}
@@ -117,50 +139,39 @@ def _numbers(file: Path) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", file.name)]
 
 
-def _read(file: Path) -> dict[str, Curve]:
-    return _read_csv(file) if file.suffix == ".csv" else _read_events(file)
-
-
-def _read_csv(file: Path) -> dict[str, Curve]:
+def _read_csv(file: Path, prefix: str) -> tuple[dict[str, Curve], dict[str, str] | None]:
+    """Return the curves in a CSV file, and the last row of the table of settings beside it."""
     curves: dict[str, Curve] = {}
+    for row in _rows(file):
+        for key in row.keys() - {"step"}:
+            with suppress(KeyError, TypeError, ValueError):  # cells may be empty, or hold text
+                curves.setdefault(key, {})[int(row["step"])] = float(row[key])
+    table = file.parent / prefix / "settings.csv"
+    settings = _rows(table)[-1] if prefix and table.is_file() else None
+    return {key: curve for key, curve in curves.items() if curve}, settings
+
+
+def _rows(file: Path) -> list[dict[str, str]]:
     with file.open(newline="", encoding="utf-8") as lines:
-        for row in csv.DictReader(lines):
-            for key in row.keys() - {"step"}:
-                with suppress(KeyError, TypeError, ValueError):  # cells may be empty, or hold text
-                    curves.setdefault(key, {})[int(row["step"])] = float(row[key])
-    return {key: curve for key, curve in curves.items() if curve}
+        return list(csv.DictReader(lines))
 
 
-def _settings_row(file: Path, prefix: str) -> dict[str, str] | None:
-    """Return the last row of the table of settings that was logged to ``file``, or beside it if it is a CSV file."""
-    if file.suffix == ".csv":
-        beside = file.with_name(prefix) / "settings.csv"
-        if not beside.is_file():
-            return None
-        with beside.open(newline="", encoding="utf-8") as lines:
-            return list(csv.DictReader(lines))[-1]
-    events, tag = _events(file), f"{prefix}/settings/text_summary"
-    if tag not in events.Tags()["tensors"]:
-        return None
-    columns, _, cells = events.Tensors(tag)[-1].tensor_proto.string_val[0].decode().splitlines()
-    return dict(zip(_cells(columns), _cells(cells), strict=True))
+def _read_events(file: Path, prefix: str) -> tuple[dict[str, Curve], dict[str, str] | None]:
+    """Return the curves in an event file, and the last row of the table of settings in it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    # 0 keeps every point, 1 the last one.
+    sizes = {"scalars": 0, "images": 1, "histograms": 1, "compressedHistograms": 1, "tensors": 1}
+    events: Any = EventAccumulator(str(file), size_guidance=sizes)
+    events.Reload()
+    tags, table = events.Tags(), f"{prefix}/settings/text_summary"
+    curves = {key: {event.step: event.value for event in events.Scalars(key)} for key in tags["scalars"]}
+    if table not in tags["tensors"]:
+        return curves, None
+    columns, _, cells = events.Tensors(table)[-1].tensor_proto.string_val[0].decode().splitlines()
+    return curves, dict(zip(_cells(columns), _cells(cells), strict=True))
 
 
 def _cells(line: str) -> list[str]:
     """Return the cells of a line of a table in Markdown."""
     return [cell.strip() for cell in line.strip("|").split("|")]
-
-
-def _events(file: Path) -> Any:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    # 0 keeps every point, 1 the last one.
-    sizes = {"scalars": 0, "images": 1, "histograms": 1, "compressedHistograms": 1, "tensors": 1}
-    events = EventAccumulator(str(file), size_guidance=sizes)
-    events.Reload()
-    return events
-
-
-def _read_events(file: Path) -> dict[str, Curve]:
-    events = _events(file)
-    return {key: {e.step: e.value for e in events.Scalars(key)} for key in events.Tags()["scalars"]}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
-
-from lightning_gradconf.reports.loggers import show_table
+from typing import NamedTuple
 
 
 class Settings(NamedTuple):
@@ -27,14 +25,13 @@ class Settings(NamedTuple):
         return f"n = {self.n}, unit_size = {size}, {self.engine}"
 
 
-def show_settings(logger: Any, prefix: str, settings: Settings, step: int) -> None:
-    """Log the settings of a run as the table ``{prefix}/settings``.
+def row_of(settings: Settings) -> dict[str, str]:
+    """Return settings as the row of the table ``{prefix}/settings``, from which ``read_settings`` reads them back.
 
-    Call it at the first measurement of a run, after its numbers (a CSVLogger wants an empty folder until then), and
-    again where they change: the engine does, if ``auto`` falls back. ``read_settings`` reads back what was logged last.
+    >>> row_of(Settings(15, None, "ghost"))
+    {'n': '15', 'unit_size': '', 'engine': 'ghost'}
     """
-    row = {name: "" if value is None else str(value) for name, value in settings._asdict().items()}
-    show_table(logger, f"{prefix}/settings", [row], step)
+    return {name: "" if value is None else str(value) for name, value in settings._asdict().items()}
 
 
 def settings_from(row: dict[str, str]) -> Settings:

@@ -7,15 +7,15 @@ Trainer or a LightningCLI of one accepts only callbacks that inherit from its ow
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
 
 NAMESPACES = [
     import_module(name)
@@ -27,7 +27,7 @@ if not NAMESPACES:
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as Callback
-    from pytorch_lightning import Trainer
+    from pytorch_lightning import LightningModule, Trainer
 
     class MisconfigurationException(Exception):
         """Misuse of a Trainer."""
@@ -79,12 +79,29 @@ def stops_early(trainer: Trainer) -> bool:
     return bool(trainer.should_stop and trainer.fit_loop._can_stop_early)
 
 
-def add_metrics(trainer: Trainer, metrics: Mapping[str, Tensor], in_progress_bar: Iterable[str] = ()) -> None:
+def is_overridden(module: LightningModule, hook: str) -> bool:
+    """Return whether a hook of a module is not Lightning's own.
+
+    Lightning's function of this name needs the code of the hook, which an object with ``__call__`` does not have.
+    """
+    origin = getattr(getattr(module, hook), "__module__", "")
+    return not origin.startswith(("lightning.", "pytorch_lightning."))
+
+
+def has_argument(trainer: Trainer, hook: Callable[..., Any], name: str, **options: Any) -> bool:
+    """Return whether Lightning gives a hook this argument."""
+    signatures = import_module(f"{namespace(trainer).__name__}.utilities.signature_utils")
+    return bool(signatures.is_param_in_hook_signature(hook, name, **options))
+
+
+def add_metrics(trainer: Trainer, values: Mapping[str, float], in_progress_bar: Iterable[str] = ()) -> None:
     """Give ``callback_metrics`` and ``logged_metrics`` these values, and the progress bar some of them.
 
     ``pl_module.log`` would repeat them at later steps or drop them between Lightning's own logging steps. The public
     properties would compute the metrics of this epoch.
     """
+    device = trainer.strategy.root_device
+    metrics = {key: torch.tensor(value, device=device) for key, value in values.items()}
     connector: Any = trainer._logger_connector
     connector._callback_metrics.update(metrics)
     connector._logged_metrics.update(metrics)

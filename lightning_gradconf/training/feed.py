@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from lightning_gradconf.batches.loaders import Feed, changes, loaders_in
-from lightning_gradconf.training.training_step import no_trace
+from lightning_gradconf.training.isolation import no_trace
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

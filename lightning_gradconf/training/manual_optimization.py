@@ -46,12 +46,7 @@ class ManualLoss:
 
 
 class ManualOptimization:
-    """Runs manually optimised steps for their losses alone.
-
-    Args:
-        trainer: The running Trainer.
-        module: Its LightningModule.
-    """
+    """Runs manually optimised steps for their losses alone."""
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer, self._module = trainer, module

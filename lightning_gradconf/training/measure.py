@@ -1,34 +1,41 @@
-"""One measurement: units, and the Gram of their gradients."""
+"""One measurement: units, the Gram of their gradients, and what is tried where the user's code fails on the units."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_gradconf.batches.draws import Unit, class_of
 from lightning_gradconf.batches.loaders import Feed
-from lightning_gradconf.batches.units import copy_of
+from lightning_gradconf.batches.sources import Source
+from lightning_gradconf.batches.units import Unit, class_of, copy_of
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
+from lightning_gradconf.gram.objective import Objective, objective
 from lightning_gradconf.gram.ranks import sharded
-from lightning_gradconf.gram.select import gram_of_units
+from lightning_gradconf.gram.ranks.process_group import Ranks
+from lightning_gradconf.gram.select import gram_of_units, in_words
 from lightning_gradconf.reports.report import Measurement
+from lightning_gradconf.training.compat import is_overridden
 from lightning_gradconf.training.feed import feed_of
+from lightning_gradconf.training.isolation import digests
 from lightning_gradconf.training.progress import shown
-from lightning_gradconf.training.training_step import StepObjective, digests, objectives, prepare_step
+from lightning_gradconf.training.training_step import StepLoss, objectives
 
 if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule
+
     from lightning_gradconf.training.session import Session
 
 
-def measured_now(session: Session, batch: Any, batch_idx: int, step: int) -> list[Measurement]:
+def measured(session: Session, batch: Any, batch_idx: int, step: int) -> list[Measurement]:
     """Return what is measured at the present weights, one measurement for each loss of the step.
 
-    There is none if the module skips this batch, all of it is frozen, or units are too few.
+    There is none if the module skips this batch, all of it is frozen, or units are too few. A sample that keeps the
+    padding of its batch is no batch that every module accepts: where the module fails on padded samples, units that
+    are collated alone are measured.
 
     Args:
         session: The run.
@@ -36,40 +43,46 @@ def measured_now(session: Session, batch: Any, batch_idx: int, step: int) -> lis
         batch_idx: Its index.
         step: The step that it is logged at.
     """
-    trainer, module, ranks = session.trainer, session.module, session.ranks
-    session.schedule.owed = True  # until there is a measurement
+    try:
+        return _measured(session, batch, batch_idx, step)
+    except Exception as error:
+        feed = feed_of(session.trainer, session.module)
+        if session.ranks.minimum(not session.source.pads(feed, step)):
+            raise
+        session.source.collate_instead(feed, in_words(error))
+        try:
+            return _measured(session, batch, batch_idx, step)
+        except Exception:
+            session.source.cut_again()
+            raise error from None
+
+
+def _measured(session: Session, batch: Any, batch_idx: int, step: int) -> list[Measurement]:
+    """Return the measurements of the units that the source gives now, and see that they leave no trace."""
+    trainer, module = session.trainer, session.module
     if not any(p.requires_grad for p in module.parameters()):  # all of it is frozen, for now
         return []
     if session.sharded:
         sharded.reshard(module)
     session.loss.batch_idx, session.loss.skipped = batch_idx, True
-    before = digests(trainer, module) if session.settings.verify and session.n is None else {}
+    before = digests(trainer, module) if session.callback.verify and session.n is None else {}
     feed = feed_of(trainer, module)
+    found: list[Measurement] = []
     with _isolated(session, feed):
         units = _units(session, feed, batch, batch_idx, step)
-        if enough := units is not None and len(units) >= _fewest_units(session):
-            classes = _classes(session, units)
-            unit_size, train_batch_size = units[0].size, session.source.samples_of(feed, batch, batch_idx)
-            parts = _objectives(session, units[0], unit_size)
-            grams = [_grams(session, part, units, unit_size, train_batch_size) for part in parts]
+        # Two gradients to compare, of this rank or of several, and later n.
+        fewest = session.n or (1 if session.ranks.size > 1 and not session.sharded else 2)
+        if units is not None and len(units) >= fewest:
+            found = _measurements(session, units, feed.samples_of(batch, batch_idx), step)
     if before and not _left_no_trace(session, before):
         return []
-    if units is None:
-        return []
-    if not enough:
-        session.say_too_few(len(units))
-        return []
-    if session.sharded and unit_size is not None:  # a unit has such a part on each rank
-        unit_size *= ranks.size
-    measured = []
-    for part, (gram, engine) in zip(parts, grams, strict=True):
-        if ranks.minimum(part.loss.skipped):  # training_step skips this batch
-            continue
-        measurement = Measurement(gram, unit_size, step, engine=engine, name=part.name)
-        measured.append(_described(session, measurement, units, classes))
-    if measured:
-        session.fix_n(len(units))
-    return measured
+    if units is not None and len(units) < fewest and session.n is None:  # later, a larger batch may come
+        session.switch_off(
+            f"measures nothing in this run. source={session.callback.source!r} gives {len(units)} unit(s) of unit_size="
+            f"{session.callback.unit_size!r}, and it takes two to disagree; use a smaller unit_size, "
+            "unit_size='batch', or source='fresh'."
+        )
+    return found
 
 
 @contextmanager
@@ -86,81 +99,114 @@ def _isolated(session: Session, feed: Feed) -> Iterator[None]:
 def _units(session: Session, feed: Feed, batch: Any, batch_idx: int, step: int) -> list[Unit] | None:
     """Return the units of this rank, as many as on each other rank; None where the module skips this batch."""
 
-    def prepare() -> list[Unit] | None:
-        if not prepare_step(session.module, copy_of(batch), batch_idx):
+    def given() -> list[Unit] | None:
+        if _skips(session.module, copy_of(batch), batch_idx):
             return None
-        return session.source.units(feed, session.n or session.settings.num_units, step)
+        return session.source.units(feed, session.n or session.callback.num_units, step)
 
-    units = session.ranks.run_on_all_ranks(prepare)
+    units = session.ranks.run_on_all_ranks(given)
     n = session.ranks.minimum(-1 if units is None else len(units))
     return None if units is None or n < 0 else units[len(units) - n :]
 
 
-def _fewest_units(session: Session) -> int:
-    """Return how many units of this rank make a measurement: two gradients to compare, and later n."""
-    return session.n or (1 if session.ranks.size > 1 and not session.sharded else 2)
+def _skips(module: LightningModule, batch: Any, batch_idx: int) -> bool:
+    """Run the module's own ``on_train_batch_start``, where it has one, and return whether it skips the batch."""
+    if not is_overridden(module, "on_train_batch_start"):
+        return False
+    return module.on_train_batch_start(batch, batch_idx) == -1
 
 
-def _classes(session: Session, units: Sequence[Unit]) -> list[int]:
-    """Return the class of each unit; none without ``labels``."""
-    labels = session.settings.labels
-    if labels is None:
-        return []
-    return session.ranks.run_on_all_ranks(lambda: [class_of(unit.batch, labels) for unit in units])
-
-
-def _objectives(session: Session, unit: Unit, unit_size: int | None) -> list[StepObjective]:
-    """Return the losses of this step, as many as on each other rank, with the parameters each is measured for."""
-    settings, ranks = session.settings, session.ranks
-    mode = MeasurementMode(running_statistics=unit_size == 1, dropout=settings.dropout)
-    found = ranks.run_on_all_ranks(
-        lambda: objectives(session.loss, session.module, settings.parameters, unit.batch, mode)
-    )
-    return found if session.loss.manual is None else found[: ranks.minimum(len(found))]
-
-
-def _grams(
-    session: Session, part: StepObjective, units: Sequence[Unit], unit_size: int | None, train_batch_size: int | None
-) -> tuple[dict[str, Tensor], str]:
-    """Return the Gram of each parameter for one loss of the step, and the engine that computed them.
+def _measurements(
+    session: Session, units: Sequence[Unit], train_batch_size: int | None, step: int
+) -> list[Measurement]:
+    """Return what is measured of these units, for each loss of the step but those that it skips.
 
     ``train_batch_size`` is the number of samples in a batch of the training, None if they cannot be told.
     """
-    batches, target, engine = [unit.batch for unit in units], part.target, session.settings.engine
+    module, ranks, callback, unit_size = session.module, session.ranks, session.callback, units[0].size
+    about = _about(session, units)
+    mode = MeasurementMode(running_statistics=unit_size == 1, dropout=callback.dropout)
+    parts = ranks.run_on_all_ranks(lambda: objectives(session.loss, module, callback.parameters, units[0].batch, mode))
+    if session.loss.manual is not None:  # the losses that all ranks have
+        parts = parts[: ranks.minimum(len(parts))]
+    # A unit that spans the ranks has such a part on each of them.
+    whole_size = unit_size * ranks.size if session.sharded and unit_size is not None else unit_size
+    found = []
+    for part in parts:
+        grams, engine = _grams(session, part.target, units, train_batch_size)
+        if not ranks.minimum(part.loss.skipped):
+            found.append(Measurement(grams, whole_size, step, engine=engine, name=part.name, **about))
+    return found
+
+
+def _about(session: Session, units: Sequence[Unit]) -> dict[str, Any]:
+    """Return the origins, classes and samples of all ranks' units, those that are wanted, as of `Measurement`."""
+    ranks, labels, about = session.ranks, session.callback.labels, dict[str, Any]()
+    if session.sharded:
+        return about
+    if labels is not None:
+        classes = ranks.run_on_all_ranks(lambda: [class_of(unit.batch, labels) for unit in units])
+        about["labels"] = torch.tensor(ranks.gather(classes))
+    if session.callback.top_pairs > 0:
+        alone = ranks.size == 1
+        rank = None if alone else session.trainer.global_rank
+        about["origins"] = ranks.gather([unit.origin._replace(rank=rank) for unit in units])
+        if alone:  # images of other ranks would have to travel
+            about["units"] = [unit.batch for unit in units]
+    return about
+
+
+def _grams(
+    session: Session, target: Objective, units: Sequence[Unit], train_batch_size: int | None
+) -> tuple[dict[str, Tensor], str]:
+    """Return the Gram of each parameter for one loss of the step, and the engine that computed them."""
+    callback, batches, unit_size = session.callback, [unit.batch for unit in units], units[0].size
     with shown(session.trainer) as progress:
         options: dict[str, Any] = {
-            "dropout": session.settings.dropout,
-            "memory_budget": session.settings.memory_budget,
+            "dropout": callback.dropout,
+            "memory_budget": callback.memory_budget,
             "progress": progress,
         }
         if session.sharded:
             return sharded.gram_of_units(session.ranks, target, batches, unit_size, **options), "loop"
         return gram_of_units(
-            session.ranks, target, batches, unit_size, engine, train_batch_size=train_batch_size, **options
+            session.ranks, target, batches, unit_size, callback.engine, train_batch_size=train_batch_size, **options
         )
 
 
 def _left_no_trace(session: Session, before: dict[str, bytes]) -> bool:
-    """Return whether the state of the run is what it was, on all ranks."""
+    """Return whether the state of the run is what it was, on all ranks; if not, switch off and say so."""
     after = digests(session.trainer, session.module)
     changed = [name for name in before if before[name] != after.get(name)]
     if session.ranks.minimum(not changed):
         return True
-    session.say_traces(changed)
+    session.switch_off(
+        f"the first measurement changed {', '.join(changed) or 'something on another rank'}; it measures nothing "
+        "more in this run, which is not the run without it. Pass a loss_fn that only computes the loss."
+    )
     return False
 
 
-def _described(session: Session, measurement: Measurement, units: Sequence[Unit], classes: list[int]) -> Measurement:
-    """Return the measurement with the origins, classes and samples of all ranks' units, if they are wanted."""
-    if session.sharded:
-        return measurement
-    if session.settings.labels is not None:
-        measurement = replace(measurement, labels=torch.tensor(session.ranks.gather(classes)))
-    if session.settings.top_pairs > 0:
-        alone = session.ranks.size == 1
-        rank = None if alone else session.trainer.global_rank
-        origins = session.ranks.gather([unit.origin._replace(rank=rank) for unit in units])
-        # Images of other ranks would have to travel.
-        samples = [unit.batch for unit in units] if alone else ()
-        measurement = replace(measurement, origins=origins, units=samples)
-    return measurement
+def advice(session: Session, batch: Any, batch_idx: int, step: int) -> str:
+    """Return what to do about a module that fails on a batch of one sample and not on one of two; else nothing."""
+    if session.callback.unit_size != 1 or session.ranks.size > 1 or session.loss.manual is not None:
+        return ""
+
+    def works(unit_size: int) -> bool:
+        """Return whether the module's loss has a gradient on a unit of so many samples."""
+        callback, module, feed = session.callback, session.module, feed_of(session.trainer, session.module)
+        source = Source(callback.source, unit_size, 1, callback.seed, over_batches=False)
+        loss = StepLoss(session.trainer, callback.loss_fn)
+        loss.batch_idx = batch_idx
+        try:
+            source.see(feed, batch, batch_idx, due=True)
+            with feed.isolated(source.reads(feed)):
+                _skips(module, copy_of(batch), batch_idx)  # which may prepare the module for the batch
+                target = objective(module, loss, callback.parameters)
+                (unit,) = source.units(feed, 1, step)
+                gram_of_units(Ranks(target.device), target, [unit.batch], unit_size, "loop", dropout=callback.dropout)
+        except Exception:
+            return False
+        return True
+
+    return "The module fails on a single sample and not on two: pass unit_size=2." if works(2) and not works(1) else ""

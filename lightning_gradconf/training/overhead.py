@@ -62,7 +62,7 @@ class Overhead:
     def seconds_of_step(self) -> float:
         """Mean time of a step of the run, with all that belongs to it, such as loading data and validation."""
         (_, first), (_, step) = self._first, self._finished
-        return (self._elapsed - self._measuring) / max(1, step - first)
+        return (self._time_of_run - self._measuring) / max(1, step - first)
 
     def share(self, interval: int) -> float:
         """Return the part of the run's time that measuring takes, if the next one comes after so many steps.
@@ -72,11 +72,12 @@ class Overhead:
         measuring, steps = self.seconds_of_measurement, interval * self.seconds_of_step
         if measuring == 0:
             return 0.0
-        in_all = (self._measuring + measuring) / (self._elapsed + steps + measuring)
+        in_all = (self._measuring + measuring) / (self._time_of_run + steps + measuring)
         return max(measuring / (steps + measuring), in_all)
 
     @property
-    def _elapsed(self) -> float:
+    def _time_of_run(self) -> float:
+        """Seconds from the first measurement to the last."""
         return self._finished[0] - self._first[0]
 
     def stretch(self, interval: int, present: int, limit: float) -> int:

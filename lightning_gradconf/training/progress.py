@@ -46,7 +46,7 @@ def shown(trainer: Trainer) -> Iterator[Progress | None]:
 
 
 def _tqdm(bar: Any) -> tuple[Progress, Callable[[], None]]:
-    """A bar of the class of the training's bar, on the line below it."""
+    """Return a bar of the class of the training's bar, on the line below it."""
     training = bar.train_progress_bar
     position = -training.pos + 1
     nested = type(training)(desc=_TITLE, position=position, leave=False, dynamic_ncols=True, file=training.fp)
@@ -59,7 +59,7 @@ def _tqdm(bar: Any) -> tuple[Progress, Callable[[], None]]:
 
 
 def _rich(bar: Any) -> tuple[Progress, Callable[[], None]]:
-    """A task beside that of the training."""
+    """Return a task beside that of the training."""
     task = bar.progress.add_task(_TITLE, total=1)
 
     def show(done: int, total: int) -> None:

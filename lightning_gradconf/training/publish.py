@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from lightning_gradconf.gram.select import in_words
 from lightning_gradconf.reports.custom_scalars import add_page
 from lightning_gradconf.reports.loggers import kind, log_numbers
-from lightning_gradconf.reports.report import Measurement, Pair
-from lightning_gradconf.reports.settings import Settings, show_settings
+from lightning_gradconf.reports.report import Reading, Report
 from lightning_gradconf.training.compat import add_metrics, warn_here
 
 if TYPE_CHECKING:
@@ -20,46 +17,35 @@ if TYPE_CHECKING:
     from lightning_gradconf.training.session import Session
 
 
-def publish(session: Session, measurement: Measurement, statistics: dict[str, float], pairs: Sequence[Pair]) -> None:
+def publish(session: Session, report: Report, reading: Reading) -> None:
     """Give ``callback_metrics``, the progress bar and every logger what a measurement says."""
-    trainer, module, settings = session.trainer, session.module, session.settings
-    report = session.report_on(measurement.name)
-    prefix = report.prefix
-    metrics = {f"{prefix}/{name}": value for name, value in statistics.items()}
-    for layer, value in report.of_layers(measurement).items():
-        metrics[f"{prefix}/min_cosine/{layer}"] = value
-    if measurement.fault:
-        session.warn_once(measurement.fault, f" First at step {measurement.step}.")
-    in_bar = [key for key in (f"{prefix}/min_cosine",) if settings.prog_bar and key in metrics]
-    add_metrics(trainer, {key: torch.tensor(value, device=module.device) for key, value in metrics.items()}, in_bar)
+    trainer, measurement, lowest = session.trainer, reading.measurement, f"{report.prefix}/min_cosine"
+    metrics = {f"{report.prefix}/{name}": value for name, value in reading.statistics.items()}
+    metrics |= {f"{lowest}/{layer}": value for layer, value in reading.layers.items()}
+    in_bar = [lowest] if session.callback.prog_bar and lowest in metrics else []
+    add_metrics(trainer, metrics, in_bar)
     loggers: list[Any] = trainer.loggers
     for logger in loggers:
         with session.logging():
             log_numbers(logger, metrics, measurement.step, trainer.current_epoch)
     if trainer.global_rank == 0:
-        figures = report.figures_of(measurement, pairs)
+        tables, figures = report.tables_of(reading), report.figures_of(reading)
         for logger in loggers:
             with session.logging():
-                report.show(logger, measurement, figures, pairs)
-        compared = Settings(len(measurement.gram), measurement.unit_size, measurement.engine)
-        if compared != report.compared:  # at first, and when `auto` falls back
-            report.compared = compared
-            for logger in loggers:
-                with session.logging():
-                    show_settings(logger, prefix, compared, measurement.step)
+                report.show(logger, measurement, tables, figures)
 
 
 def publish_again(session: Session, statistics: dict[str, float]) -> None:
     """Give callbacks that monitor a key the values from before a run was resumed, until there are new ones."""
-    values = {f"{session.settings.prefix}/{name}": torch.tensor(value) for name, value in statistics.items()}
-    add_metrics(session.trainer, {key: value.to(session.module.device) for key, value in values.items()})
+    add_metrics(session.trainer, {f"{session.callback.prefix}/{name}": value for name, value in statistics.items()})
 
 
 def conclude(session: Session) -> None:
     """Report the run as a whole at its end."""
-    if session.schedule.last_step is not None:
+    if session.active and session.trainer.global_rank == 0:
         for report in session.reports.values():
-            report.show_layers(session.trainer.loggers)
+            with session.logging():
+                report.show_layers(session.trainer.loggers)
 
 
 def add_charts(trainer: Trainer, prefixes: Sequence[str]) -> None:

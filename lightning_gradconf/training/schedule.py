@@ -10,6 +10,12 @@ if TYPE_CHECKING:
     from pytorch_lightning import Trainer
 
 
+def interval_in_steps(every_n_train_steps: int | None, trainer: Trainer) -> int:
+    """Return the interval that the user gave, or else that of the Trainer's own logging; 0 is never."""
+    logged = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
+    return logged if every_n_train_steps is None else every_n_train_steps
+
+
 class Schedule:
     """When one run is measured: at every n-th step or at the end of every n-th epoch, and first as soon as it can be.
 
@@ -37,10 +43,10 @@ class Schedule:
 
         The phase is that of ``Trainer(log_every_n_steps)``, at the batch that completes the optimizer step.
         """
-        step = logging_step(trainer)
+        step, interval = logging_step(trainer), self.every_n_train_steps * self.stretch
         if step == self.last_step:  # it stays the same while gradients accumulate
             self.owed = False
-        elif self.every_n_epochs is None and self._is_at_interval(step) and completes_step(trainer):
+        elif self.every_n_epochs is None and (step + 1) % interval == 0 and completes_step(trainer):
             self.missed += self.owed
             self.owed = True
         elif self.is_due_at_end_of_epoch(trainer) and (trainer.is_last_batch or _reaches_max_steps(trainer, 1)):
@@ -59,9 +65,6 @@ class Schedule:
     def done(self, step: int) -> None:
         """Note that a measurement was made at a step."""
         self.owed, self.missed, self.last_step = False, 0, step
-
-    def _is_at_interval(self, step: int) -> bool:
-        return (step + 1) % (self.every_n_train_steps * self.stretch) == 0
 
 
 def _reaches_max_steps(trainer: Trainer, steps: int) -> bool:

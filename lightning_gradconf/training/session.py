@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from lightning_gradconf.batches.loaders import loaders_in
 from lightning_gradconf.batches.sources import Source
 from lightning_gradconf.gram.ranks.process_group import Ranks, new_process_group
 from lightning_gradconf.gram.ranks.sharded import is_sharded
 from lightning_gradconf.gram.select import in_words
-from lightning_gradconf.reports.report import Measurement, Report
-from lightning_gradconf.training.attempts import advice, measured_or_collated
+from lightning_gradconf.reports.report import Reading, Report
 from lightning_gradconf.training.compat import (
     collective_timeout,
     inform,
@@ -25,9 +22,11 @@ from lightning_gradconf.training.compat import (
 )
 from lightning_gradconf.training.feed import feed_of
 from lightning_gradconf.training.manual_optimization import ManualOptimization
+from lightning_gradconf.training.measure import advice, measured
 from lightning_gradconf.training.overhead import Overhead
-from lightning_gradconf.training.schedule import Schedule
-from lightning_gradconf.training.training_step import StepLoss, reason_not_to_measure
+from lightning_gradconf.training.publish import conclude, publish
+from lightning_gradconf.training.schedule import Schedule, interval_in_steps
+from lightning_gradconf.training.training_step import StepLoss
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -39,32 +38,11 @@ _MAX_FAILURES = 3
 _MISSED = 2
 
 
-def reason_not_to_start(settings: GradientConfusionCallback, trainer: Trainer, module: LightningModule) -> str | None:
-    """Return why a run cannot be measured and what to do about it, None if it can."""
-    if (reason := reason_not_to_measure(trainer, module, settings.loss_fn)) is not None:
-        return reason
-    if any(settings.source is loader for loader in loaders_in(trainer.train_dataloader).values()):
-        return "source= is the training loader itself, whose order would change; use source='fresh'"
-    names = [name for name, _ in module.named_parameters()]
-    for pattern in [settings.parameters] if isinstance(settings.parameters, str) else settings.parameters or []:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            like = ", ".join(map(repr, names[:5]))
-            return f"parameters={pattern!r} matches none of the {len(names)} parameters; their names are like {like}"
-    if settings.every_n_epochs is None and _interval(settings, trainer) == 0:
-        return "Trainer(log_every_n_steps=0) means never; pass every_n_train_steps= to measure"
-    return None
-
-
-def _interval(settings: GradientConfusionCallback, trainer: Trainer) -> int:
-    given, logged = settings.every_n_train_steps, int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
-    return logged if given is None else given
-
-
 class Session:
     """The state of one run that is measured.
 
     Args:
-        settings: The callback, whose arguments say what to measure.
+        callback: The callback, whose arguments say what to measure.
         trainer: The running Trainer.
         module: Its LightningModule.
         state: What `state_dict` returned in an earlier part of the run; empty for a run from the beginning.
@@ -80,35 +58,35 @@ class Session:
         loss: The loss of a batch.
         reports: What is reported of the measurements of each loss.
         fixed: The indices of a fixed draw, for each unit of each rank; empty before, and for other sources.
-        last_batch: The last batch that was trained on, its index and its step, where the end of an epoch needs it.
     """
 
     def __init__(
-        self, settings: GradientConfusionCallback, trainer: Trainer, module: LightningModule, state: Mapping[str, Any]
+        self, callback: GradientConfusionCallback, trainer: Trainer, module: LightningModule, state: Mapping[str, Any]
     ) -> None:
-        self.settings, self.trainer, self.module = settings, trainer, module
+        self.callback, self.trainer, self.module = callback, trainer, module
         self.active = True
         self.n: int | None = None
-        self.schedule = Schedule(_interval(settings, trainer), settings.every_n_epochs)
+        self.schedule = Schedule(interval_in_steps(callback.every_n_train_steps, trainer), callback.every_n_epochs)
         self.overhead = Overhead(module.device)
         self.fixed: list[Any] = []
         self._load(state)
-        over_batches = settings.every_n_epochs is not None
+        over_batches = callback.every_n_epochs is not None
         several = trainer.world_size > 1
         fixed = self.fixed[trainer.global_rank] if len(self.fixed) == trainer.world_size else None
         self.source = Source(
-            settings.source, settings.unit_size, settings.num_units, settings.seed, over_batches, fixed
+            callback.source, callback.unit_size, callback.num_units, callback.seed, over_batches, fixed
         )
         self.ranks = new_process_group(module.device, collective_timeout(trainer)) if several else Ranks(module.device)
-        manual = None if module.automatic_optimization or settings.loss_fn else ManualOptimization(trainer, module)
-        self.loss = StepLoss(trainer, settings.loss_fn, manual)
+        manual = None if module.automatic_optimization or callback.loss_fn else ManualOptimization(trainer, module)
+        self.loss = StepLoss(trainer, callback.loss_fn, manual)
         self.reports: dict[str, Report] = {}
-        self.last_batch: tuple[Any, int, int] | None = None
+        # The batch, its index and its step, where the end of an epoch may need them.
+        self._last_batch: tuple[Any, int, int] | None = None
         self.sharded = is_sharded(module)
         self._failures = 0
         self._advice = ""
         self._said: set[str] = set()
-        if self.sharded and (settings.labels is not None or settings.top_pairs):
+        if self.sharded and (callback.labels is not None or callback.top_pairs):
             self.warn_once("labels= and top_pairs= say nothing in this run: with FSDP a unit spans all ranks.")
 
     # ---- what a resumed run needs -----------------------------------------------------------------------------------
@@ -117,8 +95,8 @@ class Session:
         """Return what makes a resumed run go on at the steps, and with the n, of this one."""
         return {
             "n": self.n,
-            "num_units": self.settings.num_units,
-            "unit_size": self.settings.unit_size,
+            "num_units": self.callback.num_units,
+            "unit_size": self.callback.unit_size,
             "owed": self.schedule.owed,
             "stretch": self.schedule.stretch,
             "last_measured": self.schedule.last_step,
@@ -127,7 +105,7 @@ class Session:
 
     def _load(self, state: Mapping[str, Any]) -> None:
         units = ("num_units", "unit_size")
-        if any(state.get(name) != getattr(self.settings, name) for name in units):
+        if any(state.get(name) != getattr(self.callback, name) for name in units):
             return  # there is no state, or other units are compared from now on
         self.n = state["n"]
         self.schedule.owed, self.schedule.stretch = state["owed"], state["stretch"]
@@ -136,91 +114,97 @@ class Session:
 
     # ---- when -------------------------------------------------------------------------------------------------------
 
-    def is_due(self, batch: Any, batch_idx: int) -> bool:
-        """Return whether to measure before the step of a batch, of which copies are kept where they are needed."""
+    def before_step(self, batch: Any, batch_idx: int) -> list[Reading]:
+        """Measure before the step of a batch if it is time, and keep copies of its units where they are needed."""
         if not self.active or only_refreshes_statistics(self.trainer):
-            return False
+            return []
         due = self.schedule.is_due(self.trainer)
         self.overhead.start()
         self.source.see(feed_of(self.trainer, self.module), batch, batch_idx, due)
         if not due:
-            return False
+            return []
         if not self.ranks.minimum(self.source.ready(self.n)):
             self._say_if_batches_became_smaller()
-            return False
-        return self._is_wanted()
+            return []
+        return self._measure(batch, batch_idx, logging_step(self.trainer))
 
-    def is_due_after(self, batch: Any, batch_idx: int) -> bool:
-        """Return whether to measure after the step of a batch, with which an epoch ends."""
-        if not self.active or self.settings.every_n_epochs is None or only_refreshes_statistics(self.trainer):
-            return False
+    def after_step(self, batch: Any, batch_idx: int) -> list[Reading]:
+        """Measure after the step of a batch with which an epoch ends, if it is one that is measured at its end."""
+        if not self.active or self.callback.every_n_epochs is None or only_refreshes_statistics(self.trainer):
+            return []
         step, ends = logging_step(self.trainer), self.schedule.is_due_after(self.trainer)
-        self.last_batch = None if ends else (batch, batch_idx, step)  # an end is measured once
+        self._last_batch = None if ends else (batch, batch_idx, step)  # an end is measured once
         self.overhead.start()
-        return ends and step != self.schedule.last_step and self._is_wanted()
+        return self._measure(batch, batch_idx, step) if ends and step != self.schedule.last_step else []
 
-    def is_due_at_end_of_epoch(self) -> bool:
-        """Return whether the end of an epoch is still to be measured, as it did not come with a batch."""
-        if not self.active or self.last_batch is None or not self.schedule.is_due_at_end_of_epoch(self.trainer):
-            return False
+    def at_end_of_epoch(self) -> list[Reading]:
+        """Measure the end of an epoch that did not come with a batch, if it is to be measured."""
+        if not self.active or self._last_batch is None or not self.schedule.is_due_at_end_of_epoch(self.trainer):
+            return []
         self.overhead.start()
-        return self.last_batch[2] != self.schedule.last_step and self._is_wanted()
+        batch, batch_idx, step = self._last_batch
+        return self._measure(batch, batch_idx, step) if step != self.schedule.last_step else []
 
     def _is_wanted(self) -> bool:
         """Return whether ``should_measure`` agrees on all ranks; if not, the next due step asks again."""
         try:
-            wanted = self.ranks.run_on_all_ranks(lambda: bool(self.settings.should_measure(self.trainer)))
+            wanted = self.ranks.run_on_all_ranks(lambda: bool(self.callback.should_measure(self.trainer)))
         except Exception as error:
             self._count_failure(error)
             return False
-        self.schedule.owed = bool(self.ranks.minimum(wanted))
+        self.schedule.owed = bool(self.ranks.minimum(wanted))  # until there is a measurement
         return self.schedule.owed
 
-    # ---- a measurement ----------------------------------------------------------------------------------------------
+    # ---- a measurement: units, their Gram, the report ---------------------------------------------------------------
 
-    def measure(self, batch: Any, batch_idx: int, step: int) -> list[Measurement]:
-        """Return what is measured now, one measurement for each loss of the step.
+    def _measure(self, batch: Any, batch_idx: int, step: int) -> list[Reading]:
+        """Measure now if that is wanted, and publish what each loss of the step says.
 
-        There is none if the module skips this batch, units are too few, or something failed.
-
-        Args:
-            batch: The batch in training, or the last one.
-            batch_idx: Its index.
-            step: The step that it is logged at.
+        Nothing is measured if the module skips this batch, units are too few, or something fails.
         """
+        if not self._is_wanted():
+            return []
         self.overhead.wait_for_steps()
         try:
-            measurements = measured_or_collated(self, batch, batch_idx, step)
+            measurements = measured(self, batch, batch_idx, step)
         except Exception as error:
             if self._failures == 0:
                 self._advice = self._advice or advice(self, batch, batch_idx, step)
             self._count_failure(error)
             return []
-        if self.source.remark is not None and measurements:
+        if not measurements:
+            return []
+        measurements = [replace(measurement, seconds=self.overhead.elapsed()) for measurement in measurements]
+        if self.source.remark is not None:
             self.warn_once(self.source.remark)
-        if measurements:
-            self.schedule.done(step)
-            self._failures = 0
-            if self.settings.source == "fixed" and not self.fixed:
-                self.fixed = self.ranks.gather([self.source.fixed_indices])
-        return [replace(measurement, seconds=self.overhead.elapsed()) for measurement in measurements]
+        self.schedule.done(step)
+        self._failures = 0
+        self._fix_units(len(measurements[0].gram) // (1 if self.sharded else self.ranks.size))
+        readings: list[Reading] = []
+        for measurement in measurements:
+            with self.logging():
+                if measurement.fault:
+                    self.warn_once(measurement.fault, f" First at step {step}.")
+                report = self._report_on(measurement.name)
+                reading = report.read(measurement)
+                readings.append(reading)
+                publish(self, report, reading)
+        self.overhead.finish(step)
+        self._stretch_interval()
+        return readings
 
-    def report_on(self, name: str) -> Report:
+    def _report_on(self, name: str) -> Report:
         """Return what reports the measurements of a loss, by its name."""
         if name not in self.reports:
-            given, prefix = self.settings, "/".join(filter(None, (self.settings.prefix, name)))
+            given, prefix = self.callback, f"{self.callback.prefix}/{name}" if name else self.callback.prefix
             what = (given.statistics, given.per_layer, given.histogram, given.figures, given.top_pairs)
             self.reports[name] = Report(*what, prefix)
         return self.reports[name]
 
-    def reported(self, step: int) -> None:
-        """Take the time of a measurement that has been reported.
-
-        An interval that is ours to choose is stretched until measuring keeps to its share, as rank 0 sees it.
-        """
-        self.overhead.finish(step)
-        schedule, limit = self.schedule, self.settings.max_overhead
-        if limit is None or self.settings.every_n_train_steps is not None or self.settings.every_n_epochs is not None:
+    def _stretch_interval(self) -> None:
+        """Stretch an interval that is ours to choose until measuring keeps to its share, as rank 0 sees it."""
+        schedule, limit = self.schedule, self.callback.max_overhead
+        if limit is None or self.callback.every_n_train_steps is not None or self.callback.every_n_epochs is not None:
             return
         stretch = self.overhead.stretch(schedule.every_n_train_steps, schedule.stretch, limit)
         (stretch, *_) = self.ranks.gather([stretch])
@@ -236,36 +220,34 @@ class Session:
             )
         schedule.stretch = stretch
 
-    def fix_n(self, n: int) -> None:
+    def _fix_units(self, n: int) -> None:
         """Compare n units of this rank from now on; say so if they are fewer than were asked for."""
-        if self.n is None and n < self.settings.num_units:
+        if self.callback.source == "fixed" and not self.fixed:
+            self.fixed = self.ranks.gather([self.source.fixed_indices])
+        if self.n is None and n < self.callback.num_units:
             inform(
                 self.trainer,
-                f"{n} units are compared at each measurement of this run, not num_units={self.settings.num_units}: "
-                f"source={self.settings.source!r} gives no more of unit_size={self.settings.unit_size!r}.",
+                f"{n} units are compared at each measurement of this run, not num_units={self.callback.num_units}: "
+                f"source={self.callback.source!r} gives no more of unit_size={self.callback.unit_size!r}.",
             )
         self.n = n
 
     # ---- the end, and what goes wrong -------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Release the batches kept, and leave the process group."""
-        self.last_batch = None
-        self.source.forget()
-        self.ranks.leave()
-
-    def say_if_nothing_was_measured(self) -> None:
-        """Warn at the end of a run that should have been measured and was not, unless the reason has been said."""
+    def end(self) -> None:
+        """Report the run as a whole, or say that nothing was ever measured, and leave the process group."""
+        conclude(self)
         if self.active and self.n is None and not self._said:
             self.warn_once(
-                f"no measurement took place: {self.source.seen} units of unit_size={self.settings.unit_size!r} were "
+                f"no measurement took place: {self.source.seen} units of unit_size={self.callback.unit_size!r} were "
                 "seen, too few. Lower num_units or unit_size, or train longer."
             )
+        self.ranks.leave()
 
     def _say_if_batches_became_smaller(self) -> None:
         if self.n is not None and self.schedule.missed >= _MISSED:
             self.warn_once(
-                f"batches have become too small for the n={self.n} units of unit_size={self.settings.unit_size!r} that "
+                f"batches have become too small for the n={self.n} units of unit_size={self.callback.unit_size!r} that "
                 "this run compares, so its curves pause",
                 f" since step {self.schedule.last_step}. Pass num_units= that the smallest batch can give, or "
                 "source='fresh'.",
@@ -305,20 +287,7 @@ class Session:
         )
         self._warn_of_error("a measurement failed", error, remedy)
 
-    def say_too_few(self, n: int) -> None:
-        """Switch off if the first measurement finds no two units; later ones wait for a batch that is large enough."""
-        if self.n is None:
-            self.active = False
-            self.warn_once(
-                f"measures nothing in this run. source={self.settings.source!r} gives {n} unit(s) of unit_size="
-                f"{self.settings.unit_size!r}, and it takes two to disagree; use a smaller unit_size, "
-                "unit_size='batch', or source='fresh'."
-            )
-
-    def say_traces(self, changed: Sequence[str]) -> None:
-        """Switch off, since the first measurement changed something of the run."""
+    def switch_off(self, reason: str) -> None:
+        """Measure nothing more in this run, and say why."""
         self.active = False
-        self.warn_once(
-            f"the first measurement changed {', '.join(changed) or 'something on another rank'}; it measures nothing "
-            "more in this run, which is not the run without it. Pass a loss_fn that only computes the loss."
-        )
+        self.warn_once(reason)

@@ -1,78 +1,26 @@
-"""A LightningModule's own ``training_step`` as the loss of a batch, called without leaving a trace."""
+"""A LightningModule's own ``training_step`` as the loss of a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from hashlib import sha256
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lightning_gradconf.batches.units import copy_of
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.metric_answers import answered
-from lightning_gradconf.gram.module_state import random_states, untouched, without_warnings
+from lightning_gradconf.gram.module_state import untouched
 from lightning_gradconf.gram.objective import Objective, objective
-from lightning_gradconf.gram.ranks import sharded
-from lightning_gradconf.training.compat import lightning_modules, namespace
+from lightning_gradconf.training.compat import has_argument
 from lightning_gradconf.training.manual_optimization import ManualLoss, ManualOptimization
-from lightning_gradconf.training.silence import silent, without_logging
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
     LossOfBatch: TypeAlias = Callable[[LightningModule, Any], Tensor | None]
-
-
-# Hooks of the module that a measurement calls, on the module itself and not on copies of its tensors.
-_HOOKS = ("on_train_batch_start", "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-
-
-@contextmanager
-def no_trace(trainer: Trainer, module: LightningModule, *others: Any, data: Iterable[Any] = ()) -> Iterator[None]:
-    """Within this context, nothing that a training step does reaches the run.
-
-    Logging is mute, the loggers write nothing, compiled code runs eagerly, and everything that a step changes in
-    Python, from the random state to the learning rate, is put back in the end.
-
-    Args:
-        trainer: The running Trainer.
-        module: Its LightningModule.
-        others: More containers whose contents are put back.
-        data: What data are read from, of which attributes and random generators are put back, as they are of the
-            Trainer (``should_stop``, the loggers, what the user's code keeps there) and its callbacks.
-    """
-    with ExitStack() as stack:
-        groups = [optimizer.param_groups for optimizer in trainer.optimizers]
-        schedulers = [vars(config.scheduler) for config in trainer.lr_scheduler_configs]
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        data = [*data, trainer, *callbacks, *([] if datamodule is None else [datamodule])]
-        # What a manually optimised step does to gradients by hand, it does to those of the module itself.
-        tensors = not module.automatic_optimization or any(_is_overridden(module, name) for name in _HOOKS)
-        stack.enter_context(untouched(module, *groups, *schedulers, *others, data=data, tensors=tensors))
-        trainer.loggers = [silent(logger) for logger in trainer.loggers]
-        for part in lightning_modules(module):
-            vars(part)["log"] = vars(part)["print"] = _ignore  # `untouched` removes them again; log_dict calls log
-        # What the user's code says about single samples is no news, and must not use up what is said only once.
-        stack.enter_context(without_warnings())
-        stack.enter_context(without_logging())
-        stack.callback(torch.set_warn_always, torch.is_warn_always_enabled())
-        torch.set_warn_always(True)
-        stack.enter_context(torch.enable_grad())
-        # Units have other shapes than batches: compiling for them would use up the recompilations of training.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
-            cudnn = torch.backends.cudnn
-            # A benchmark for a unit's shape would stay in the cache.
-            flags = {name: getattr(cudnn, name) for name in ("enabled", "deterministic", "allow_tf32")}
-            stack.enter_context(cudnn.flags(benchmark=False, **flags))
-        yield
 
 
 class StepLoss:
@@ -133,13 +81,13 @@ class StepLoss:
         return torch.stack([loss.reshape(()) for loss in losses]).sum() if losses else None
 
     def _training_step(self, module: LightningModule, batch: Any) -> Any:
-        signature = import_module(f"{namespace(self.trainer).__name__}.utilities.signature_utils")
-        takes_index = signature.is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-        return module.training_step(batch, self.batch_idx) if takes_index else module.training_step(batch)
+        if has_argument(self.trainer, module.training_step, "batch_idx", min_args=2):
+            return module.training_step(batch, self.batch_idx)
+        return module.training_step(batch)
 
 
 def _loss_in(output: Any) -> Tensor | None:
-    """The loss in what an automatically optimised ``training_step`` returns."""
+    """Return the loss in what an automatically optimised ``training_step`` returns."""
     if not isinstance(output, Mapping):
         return output  # type: ignore[no-any-return]
     if "loss" not in output:
@@ -186,64 +134,3 @@ def objectives(
             of_call = loss.of_call(one.call)
             found.append(StepObjective(one.name, of_call, Objective(module, of_call, own, constants)))
     return found
-
-
-def prepare_step(module: LightningModule, batch: Any, batch_idx: int) -> bool:
-    """Run the module's own ``on_train_batch_start``, where it has one; False if it skips the batch."""
-    if not _is_overridden(module, "on_train_batch_start"):
-        return True
-    return module.on_train_batch_start(batch, batch_idx) != -1
-
-
-def digests(trainer: Trainer, module: LightningModule) -> dict[str, bytes]:
-    """Return a digest of each kind of state that decides how the training goes on."""
-    state: dict[str, Any] = {
-        "parameters": [p.detach() for p in module.parameters()],
-        "buffers": list(module.buffers()),
-        "gradients": [p.grad for p in module.parameters()],
-        "optimizer state": [optimizer.state_dict() for optimizer in trainer.optimizers],
-        "random states": random_states(),
-    }
-    return {name: _digest(value) for name, value in state.items()}
-
-
-def _digest(value: Any) -> bytes:
-    digest = sha256()
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            leaf = leaf.to_local() if hasattr(leaf, "to_local") else leaf  # the shard of this rank
-            dense = leaf.detach().to_dense() if leaf.is_sparse else leaf.detach()
-            bits = dense.cpu().contiguous().view(-1).view(torch.uint8) if dense.numel() else torch.empty(0)
-            digest.update(bits.numpy().tobytes())
-        else:
-            digest.update(leaf.tobytes() if hasattr(leaf, "tobytes") else repr(leaf).encode())
-    return digest.digest()
-
-
-def reason_not_to_measure(trainer: Trainer, module: LightningModule, loss_fn: LossOfBatch | None) -> str | None:
-    """Return why this run cannot be measured and what to do about it, None if it can."""
-    if trainer.barebones:
-        return "Trainer(barebones=True) switches logging off; measure in a run without it"
-    strategies = {base.__name__ for base in type(trainer.strategy).__mro__}
-    if "ModelParallelStrategy" in strategies:
-        if (reason := sharded.reason_not_to_measure(module)) is not None:
-            return f"{reason}; measure in a run with strategy='ddp', or shard all of the module with fully_shard"
-    elif not strategies & {"SingleDeviceStrategy", "DDPStrategy"} or "SingleDeviceXLAStrategy" in strategies:
-        return (
-            f"{type(trainer.strategy).__name__} is not supported yet; measure in a run with strategy='ddp' or on one "
-            "device (devices=1)"
-        )
-    if loss_fn is None:
-        signature = import_module(f"{namespace(trainer).__name__}.utilities.signature_utils")
-        if signature.is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
-            return "training_step takes a dataloader_iter, which cannot be shared; let it take (batch, batch_idx)"
-    return None
-
-
-def _is_overridden(module: LightningModule, hook: str) -> bool:
-    origin = getattr(getattr(module, hook), "__module__", "")
-    return not origin.startswith(("lightning.", "pytorch_lightning."))
-
-
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Stands in for ``log`` and ``print``."""

@@ -13,7 +13,7 @@ from kinds import BATCH, KINDS, Kind, Net
 from torch import Tensor
 
 from lightning_gradconf import GradientConfusionCallback
-from lightning_gradconf.batches.loaders import learn_places
+from lightning_gradconf.batches.layout import learn_places
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
 

@@ -1,0 +1,43 @@
+"""Why a run cannot be measured, and what to do about it."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from lightning_gradconf.batches.loaders import loaders_in
+from lightning_gradconf.gram.ranks import sharded
+from lightning_gradconf.training.compat import has_argument
+from lightning_gradconf.training.schedule import interval_in_steps
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+    from lightning_gradconf.callback import GradientConfusionCallback
+
+
+def reason_not_to_start(callback: GradientConfusionCallback, trainer: Trainer, module: LightningModule) -> str | None:
+    """Return why a run cannot be measured and what to do about it, None if it can."""
+    if trainer.barebones:
+        return "Trainer(barebones=True) switches logging off; measure in a run without it"
+    strategies = {base.__name__ for base in type(trainer.strategy).__mro__}
+    if "ModelParallelStrategy" in strategies:
+        if (reason := sharded.reason_not_to_measure(module)) is not None:
+            return f"{reason}; measure in a run with strategy='ddp', or shard all of the module with fully_shard"
+    elif not strategies & {"SingleDeviceStrategy", "DDPStrategy"} or "SingleDeviceXLAStrategy" in strategies:
+        return (
+            f"{type(trainer.strategy).__name__} is not supported yet; measure in a run with strategy='ddp' or on one "
+            "device (devices=1)"
+        )
+    if callback.loss_fn is None and has_argument(trainer, module.training_step, "dataloader_iter", explicit=True):
+        return "training_step takes a dataloader_iter, which cannot be shared; let it take (batch, batch_idx)"
+    if any(callback.source is loader for loader in loaders_in(trainer.train_dataloader).values()):
+        return "source= is the training loader itself, whose order would change; use source='fresh'"
+    names = [name for name, _ in module.named_parameters()]
+    for pattern in [callback.parameters] if isinstance(callback.parameters, str) else callback.parameters or []:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            like = ", ".join(map(repr, names[:5]))
+            return f"parameters={pattern!r} matches none of the {len(names)} parameters; their names are like {like}"
+    if callback.every_n_epochs is None and interval_in_steps(callback.every_n_train_steps, trainer) == 0:
+        return "Trainer(log_every_n_steps=0) means never; pass every_n_train_steps= to measure"
+    return None
