@@ -222,6 +222,16 @@ def test_what_a_unit_keeps_is_its_activations():
     assert budget._kept(target, batch()[0][:3]) == 3 * (5 + 7) * 8, "input and output, not the weight"
 
 
+def test_what_a_loss_keeps_that_runs_a_backward_pass_itself_is_counted_too():
+    def force(module, x):
+        x = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(module(x).tanh().sum(), x, create_graph=True)
+        return gradient.square().mean()
+
+    module = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    assert budget._kept(objective(module, force), torch.randn(1, 5)) >= (5 + 7 + 3) * 4
+
+
 def test_units_go_together_as_far_as_an_ordinary_pass_and_the_budget_allow():
     x, y = batch()
     units = [(x[i : i + 3], y[i : i + 3]) for i in range(0, N, 3)]

@@ -104,12 +104,13 @@ def _kept(target: Objective, unit: Any) -> int:
     own = {tensor.data_ptr() for tensor in state.values()}
     kept: dict[int, Tensor] = {}
 
-    def keep(tensor: Tensor) -> None:
-        # Not in the node, which would hold its own result and never be released.
+    def keep(tensor: Tensor) -> Tensor:
+        detached = tensor.detach()  # a node that held its own result would never be released
         if tensor.data_ptr() not in own:
-            kept[tensor.data_ptr()] = tensor.detach()
+            kept[tensor.data_ptr()] = detached
+        return detached  # for a loss that runs a backward pass itself
 
-    with untouched(target.module), torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
+    with untouched(target.module), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         target.at(state, copy_of(unit), lambda loss: None)
     return sum(tensor.nbytes for tensor in kept.values())
 
