@@ -116,18 +116,23 @@ def mini_batches(net: nn.Module, batch: Batch) -> Iterator[list[str]]:
 def single_samples(net: nn.Module, batch: Batch) -> Iterator[list[str]]:
     """Yield rows on gradients of single samples: the Gram in double precision against a loop, and time in single."""
     double, doubles = copy.deepcopy(net).double(), (batch[0].double(), batch[1])
-    expected = sum(gradient_gram(double, loss, doubles, engine="loop").values())
+    expected = torch.stack(list(gradient_gram(double, loss, doubles, engine="loop").values())).sum(0)
     tools: dict[str, Callable[[nn.Module, Batch], Tensor]] = {
         "this package": ours,
         "TorchJD": torchjd,
         "Opacus": opacus,
     }
     fresh = copy.deepcopy(net)
-    calls = {
+
+    def a_step() -> None:
+        loss(fresh, batch).backward()
+        fresh.zero_grad()
+
+    calls: dict[str, Callable[[], Any]] = {
         "this package": lambda: ours(net, batch),
         "TorchJD": lambda: torchjd(net, batch),
         "Opacus": wrapped_once(net, batch),
-        "a step": lambda: (loss(fresh, batch).backward(), fresh.zero_grad()),
+        "a step": a_step,
     }
     seconds = clock(calls)
     for name, tool in tools.items():
@@ -164,7 +169,7 @@ def left_behind(tool: Callable[[nn.Module, Batch], Any], net: nn.Module, batch: 
     """Say what a measurement changes in a network in training mode, its first layer ``frozen`` in evaluation mode."""
     net = copy.deepcopy(net).train()
     if frozen:
-        net[0].eval()
+        next(net.children()).eval()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     modes = [module.training for module in net.modules()]
     state = torch.get_rng_state()

@@ -23,7 +23,7 @@ from workloads import build
 
 from lightning_gradconf import GradientConfusionCallback
 
-QUIET = {
+QUIET: dict[str, Any] = {
     "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
     "accelerator": "cpu",
 }  # fmt: skip

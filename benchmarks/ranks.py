@@ -12,12 +12,14 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.multiprocessing as mp
 from speed import MAIN, ordinary
 from torch import distributed as dist
+from torch.multiprocessing.spawn import spawn
 from workloads import build
 
 from lightning_gradconf.batches.units import split
@@ -36,11 +38,9 @@ def measure(rank: int, ranks: int, store: str, workloads: list[str], rounds: int
         work = build(name)
         target, units = objective(work.model, work.loss), split(work.batch, work.unit_size)
 
-        def across(engine: str, work=work, target=target, units=units):
-            return gram_of_units(together, target, units, work.unit_size, engine)
-
-        engines = {engine: lambda engine=engine: across(engine) for engine in ENGINES}
-        methods = {"ordinary": ordinary(work), **engines}
+        measured = partial(gram_of_units, together, target, units, work.unit_size)
+        engines = {engine: partial(measured, engine) for engine in ENGINES}
+        methods: dict[str, Callable[[], object]] = {"ordinary": ordinary(work), **engines}
         times: dict[str, list[float]] = {method: [] for method in methods}
         for i in range(rounds + 1):
             for method, run in methods.items():
@@ -64,7 +64,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder, "store"))
-        mp.spawn(measure, (options.ranks, store, options.workloads, options.rounds), nprocs=options.ranks)
+        spawn(measure, (options.ranks, store, options.workloads, options.rounds), nprocs=options.ranks)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def padding(samples: int, length: int) -> Tensor:
 def gpt2() -> Any:
     import transformers as t
 
-    drop = {"attn_pdrop": 0, "resid_pdrop": 0, "embd_pdrop": 0}
+    drop: dict[str, Any] = {"attn_pdrop": 0, "resid_pdrop": 0, "embd_pdrop": 0}
     config = t.GPT2Config(vocab_size=1000, n_embd=256, n_layer=4, n_head=4, n_positions=128, **drop)
     x = ids(16, 128)
     return t.GPT2LMHeadModel(config), of_hugging_face, {"input_ids": x, "labels": x.clone()}, of_next_tokens
@@ -88,9 +88,10 @@ def gpt2_padded() -> Any:
 def bert_padded() -> Any:
     import transformers as t
 
-    sizes = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
-    drop = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
-    module = t.BertForSequenceClassification(t.BertConfig(vocab_size=1000, **sizes, **drop))
+    sizes: dict[str, Any] = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 1024, "vocab_size": 1000}
+    drop: dict[str, Any] = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+    module = t.BertForSequenceClassification(t.BertConfig(**sizes, **drop))
     batch = {"input_ids": ids(32, 64), "attention_mask": padding(32, 64), "labels": torch.randint(2, (32,))}
     return module, of_hugging_face, batch, of_labelled_samples
 
@@ -99,8 +100,9 @@ def bert_padded() -> Any:
 def t5_padded() -> Any:
     import transformers as t
 
-    sizes = {"vocab_size": 1000, "d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_heads": 4}
-    module = t.T5ForConditionalGeneration(t.T5Config(**sizes, dropout_rate=0, decoder_start_token_id=0))
+    sizes: dict[str, Any] = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_heads": 4}
+    sizes |= {"vocab_size": 1000, "dropout_rate": 0, "decoder_start_token_id": 0}
+    module = t.T5ForConditionalGeneration(t.T5Config(**sizes))
     y = ids(16, 32)
     y[::3, 20:] = -100
     batch = {"input_ids": ids(16, 64), "attention_mask": padding(16, 64), "labels": y}
@@ -111,8 +113,9 @@ def t5_padded() -> Any:
 def vit() -> Any:
     import transformers as t
 
-    sizes = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768}
-    module = t.ViTForImageClassification(t.ViTConfig(image_size=32, patch_size=4, num_labels=10, **sizes))
+    sizes: dict[str, Any] = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3}
+    sizes |= {"intermediate_size": 768, "image_size": 32, "patch_size": 4, "num_labels": 10}
+    module = t.ViTForImageClassification(t.ViTConfig(**sizes))
     batch = {"pixel_values": torch.randn(32, 3, 32, 32), "labels": torch.randint(10, (32,))}
     return module, of_hugging_face, batch, of_labelled_samples
 
@@ -121,9 +124,10 @@ def vit() -> Any:
 def llama() -> Any:
     import transformers as t
 
-    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 688, "vocab_size": 1000}
     x = ids(16, 128)
-    module = t.LlamaForCausalLM(t.LlamaConfig(vocab_size=1000, **sizes))
+    module = t.LlamaForCausalLM(t.LlamaConfig(**sizes))
     return module, of_hugging_face, {"input_ids": x, "labels": x.clone()}, of_next_tokens
 
 

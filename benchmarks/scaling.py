@@ -20,15 +20,18 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from memory import status
 from torch import distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
+from torch.multiprocessing.spawn import spawn
 
 from lightning_gradconf import gradient_gram
 from lightning_gradconf.batches.units import split
@@ -60,7 +63,7 @@ def loss_of(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
-def measured(action) -> tuple[float, float]:
+def measured(action: Callable[[], object]) -> tuple[float, float]:
     """Seconds of processor time, and megabytes above what was there before, after a first call."""
     action()
     seconds = []
@@ -76,7 +79,7 @@ def measured(action) -> tuple[float, float]:
     return statistics.median(seconds), (status("VmHWM") - before) / 1024
 
 
-def point(engine: str, n: int = 32, k: int = 1, width: int = 512, share: float | None = None) -> dict[str, float]:
+def point(engine: Any, n: int = 32, k: int = 1, width: int = 512, share: float | None = None) -> dict[str, float]:
     """One engine on n units of k samples; ``share`` is the budget as a part of what all gradients take."""
     model = model_of(width)
     p = sum(parameter.numel() for parameter in model.parameters())
@@ -114,11 +117,11 @@ def on_rank(rank: int, ranks: int, folder: str, engine: str, n: int, share: floa
         sent.append(mine.nbytes * (ranks - 1) // ranks)  # a rank keeps its own part
         exchange(output, mine, group=group)
 
-    def counted_gather(mine: torch.Tensor, *args: object, dst: int, group: dist.ProcessGroup) -> None:
+    def counted_gather(mine: torch.Tensor, into: Any, *, dst: int, group: dist.ProcessGroup) -> None:
         sent.append(0 if dst == rank else mine.nbytes)
-        gather(mine, *args, dst=dst, group=group)
+        gather(mine, into, dst=dst, group=group)
 
-    dist.all_to_all_single, dist.gather = counted_exchange, counted_gather
+    vars(dist).update(all_to_all_single=counted_exchange, gather=counted_gather)
     how = together, target, units, 1, engine
     gram_of_units(*how, memory_budget=budget)  # which proves what it reads
     sent.clear()
@@ -132,7 +135,7 @@ def on_rank(rank: int, ranks: int, folder: str, engine: str, n: int, share: floa
 
 def over_ranks(ranks: int, engine: str, n: int, share: float | None) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(on_rank, args=(ranks, folder, engine, n, share), nprocs=ranks)
+        spawn(on_rank, args=(ranks, folder, engine, n, share), nprocs=ranks)
         return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
 
 
@@ -150,27 +153,27 @@ def protocol() -> None:
             super().__init__()
             self.net = build("wrn-16-2", (3, 32, 32), 10)
 
-        def training_step(self, batch, batch_idx):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
             return F.cross_entropy(self.net(batch[0]), batch[1])
 
-        def configure_optimizers(self):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     class Watch(GradientConfusionCallback):
         start: float | None = None
 
-        def should_measure(self, trainer) -> bool:
+        def should_measure(self, trainer: pl.Trainer) -> bool:
             gc.collect()
             self.before = status("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")
             self.start = time.process_time()
             return True
 
-        def on_train_batch_start(self, *args) -> None:
+        def on_train_batch_start(self, *args: Any) -> None:
             super().on_train_batch_start(*args)
             self.tell()
 
-        def on_train_batch_end(self, *args) -> None:
+        def on_train_batch_end(self, *args: Any) -> None:
             super().on_train_batch_end(*args)
             self.tell()
 
@@ -195,6 +198,7 @@ def protocol() -> None:
     module.zero_grad()
     print(f"an ordinary pass of 128 samples: {seconds:.2f} s, {megabytes:.0f} MB")
     trainer.fit(module, DataLoader(data, batch_size=128, shuffle=True))
+    assert confusion.last_gram is not None
     print(confusion.last_statistics, tuple(confusion.last_gram.shape))
 
 
@@ -268,7 +272,7 @@ def plot(found: dict[str, dict[str, list[dict[str, float]]]], out: Path) -> None
     for line, (what, label) in enumerate(rows.items()):
         for column, (name, points) in enumerate(POINTS.items()):
             axis = axes[line, column]
-            xs = [next(iter(options.values())) for options in points]
+            xs: list[float] = [next(iter(options.values())) for options in points]
             if name == "parameters":
                 xs = [result["parameters"] for result in found["loop"][name]]
             for engine, color in colors.items():

@@ -21,7 +21,7 @@ import torch
 from sklearn.datasets import load_breast_cancer, load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import BertConfig, BertForMaskedLM
 
 from lightning_gradconf import GradientConfusionCallback
@@ -60,7 +60,7 @@ class Training(NamedTuple):
 
     name: str
     module: pl.LightningModule
-    data: Dataset
+    data: Any
     units: int = 32
     unit_size: int = 1
     batch_size: int = 64

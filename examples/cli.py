@@ -31,8 +31,9 @@ class DigitClassifier(pl.LightningModule):
         sizes = [64, *[width] * depth]
         hidden = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
         self.net = nn.Sequential(*hidden, nn.Linear(width, 10))
-        for layer in self.net[::2]:
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        for layer in self.net:
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -60,10 +61,10 @@ class Digits(pl.LightningDataModule):
         y_train, y_val = (torch.tensor(part) for part in parts[2:])
         self.train, self.val = TensorDataset(x_train, y_train), TensorDataset(x_val, y_val)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         return DataLoader(self.val, len(self.val))
 
 

@@ -53,6 +53,7 @@ def picture(pairs: Sequence[Pair], images: Tensor, wrong: set[int]) -> Figure:
     indices = [[origin.samples[0] for origin in pair.origins] for pair in pairs]
     captions = []
     for pair, (i, j) in zip(pairs, indices, strict=True):
+        assert pair.labels is not None  # the callback was told where they are
         marked = [
             f"{label} (wrong)" if k in wrong else str(label) for label, k in zip(pair.labels, (i, j), strict=True)
         ]
@@ -64,7 +65,8 @@ class Count(pl.Callback):
     """Prints the shares after each measurement."""
 
     def __init__(self, confusion: GradientConfusionCallback, wrong: set[int]) -> None:
-        self.confusion, self.wrong, self.seen = confusion, wrong, None
+        self.confusion, self.wrong = confusion, wrong
+        self.seen: int | None = None
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.confusion.last_step != self.seen:
@@ -90,10 +92,11 @@ def main() -> None:
     print(f"of the {units} pairs that conflict most, and of the {MOST} samples that are in most of them")
     print(f"{'step':>5} {'pairs with a wrong label':>28} {'samples with a wrong label':>28}")
     print(f"{'':>5} {f'by chance {chance:.2f}':>28} {f'by chance {WRONG:.2f}':>28}")
+    logger = TensorBoardLogger("runs", name="label_noise")
     trainer = pl.Trainer(
         max_epochs=1 if options.fast else 15,
         callbacks=[confusion, Count(confusion, wrong)],
-        logger=TensorBoardLogger("runs", name="label_noise"),
+        logger=logger,
         accelerator="cpu",
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -101,7 +104,7 @@ def main() -> None:
     )
     trainer.fit(DigitClassifier(), DataLoader(data, batch_size=32, shuffle=True))
 
-    path = Path(trainer.log_dir, "top_pairs.png")
+    path = Path(logger.log_dir, "top_pairs.png")
     picture(confusion.last_top_pairs[:6], data.tensors[0], wrong).savefig(path)
     print(f"the six pairs that conflict most: {path}")
 

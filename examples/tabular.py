@@ -86,6 +86,7 @@ def main() -> None:
     )
 
     picture = args.picture or Path(logger.log_dir) / "density.png"
+    assert confusion.last_gram is not None  # after a training
     plot_density(confusion.last_gram).savefig(picture)
     print(f"\nThe density at the last step is in {picture}\npython -m lightning_gradconf {args.save_dir}")
 

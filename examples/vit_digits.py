@@ -39,8 +39,8 @@ class DigitTransformer(pl.LightningModule):
             num_hidden_layers=6,
             num_attention_heads=4,
             intermediate_size=128,
-            num_labels=10,
         )
+        config.num_labels = 10
         self.model = ViTForImageClassification(config)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -97,8 +97,8 @@ def main() -> None:
     )
     trainer.fit(
         DigitTransformer(),
-        DataLoader(train, batch_size=64, shuffle=True, drop_last=True),
-        DataLoader(val, batch_size=len(val)),
+        DataLoader(train, batch_size=64, shuffle=True, drop_last=True),  # type: ignore[arg-type] # a list is a dataset
+        DataLoader(val, batch_size=len(val)),  # type: ignore[arg-type]
     )
 
     (curves,) = read_runs([logger.log_dir]).values()

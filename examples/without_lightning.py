@@ -55,7 +55,7 @@ def main() -> None:
             for batch in loader:
                 if step % args.every == 0:
                     gram = gradient_gram(model, loss_fn, [part[:32] for part in batch])  # {parameter: (32, 32)}
-                    statistics = gradient_statistics(sum(gram.values()))
+                    statistics = gradient_statistics(torch.stack([*gram.values()]).sum(0))
                     for name, value in statistics.items():
                         writer.add_scalar(f"samples/{name}", value, step)
                     print(f"step {step:5d}  32 samples       {show(statistics)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from common import Result, Run, digits, draw, mlp, panels, sgd, span, train
 from sklearn.datasets import load_diabetes
@@ -46,7 +48,7 @@ def run(fast: bool = False) -> Result:
                 draws = RandomSampler(
                     data, replacement=True, num_samples=size * steps, generator=torch.Generator().manual_seed(seed)
                 )
-                measured = {"num_units": 256, "every_n_train_steps": steps // 10}
+                measured: dict[str, Any] = {"num_units": 256, "every_n_train_steps": steps // 10}
                 measured["statistics"] = ["min_cosine", "mean_cosine", "noise_scale"]
                 loader = DataLoader(data, size, sampler=draws)
                 runs.append(train(make, loader, steps=steps, seed=seed, optimizer=sgd(rate), loss=loss, **measured))
@@ -68,9 +70,9 @@ def run(fast: bool = False) -> Result:
     figure, axes = panels(
         [f"{task}: {what}" for task in first for what in ("training loss", "mean cosine")], width=10, height=2.8
     )
-    for k, runs in enumerate(first.values()):
-        draw(axes[2 * k], runs, "train_loss", smooth=50 if k == 0 else 5)
-        draw(axes[2 * k + 1], runs, "mean_cosine")
+    for k, of_task in enumerate(first.values()):
+        draw(axes[2 * k], of_task, "train_loss", smooth=50 if k == 0 else 5)
+        draw(axes[2 * k + 1], of_task, "mean_cosine")
         axes[2 * k].set_ylim(*((0.4, 1.5) if k == 0 else (0, 2.5)))
         axes[2 * k].legend(frameon=False, fontsize=7, loc="upper right" if k == 0 else "lower left")
     return Result(table, figure)

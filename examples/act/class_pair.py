@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from classes import class_cosines
 from common import Result, cnn, digits, heatmaps, span, train
@@ -28,10 +30,15 @@ def run(fast: bool = False) -> Result:
             # Ten images of each label, from those that are trained on.
             chosen = torch.cat([(labels == label).nonzero()[:10, 0] for label in range(10)])
             source = DataLoader(TensorDataset(images[chosen], labels[chosen]), 100)
-            measured = {"source": source, "num_units": 100, "labels": 1, "every_n_train_steps": steps * longer}
+            measured: dict[str, Any] = {
+                "source": source,
+                "num_units": 100,
+                "labels": 1,
+                "every_n_train_steps": steps * longer,
+            }
             data = TensorDataset(images, labels)
             done = train(cnn, data, steps=steps * longer + 1, seed=seed, **measured)
-            cosines = class_cosines(done.confusion.last_gram, labels[chosen])
+            cosines = class_cosines(done.gram, labels[chosen])
             rows, columns = torch.triu_indices(10, 10, offset=1)
             others = cosines[rows, columns][(rows != FIRST) | (columns != SECOND)]
             correct = done.net(test.tensors[0]).argmax(1) == test.tensors[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from common import Result, cnn, digits, heatmaps, span, train
 from torch import Tensor
@@ -47,9 +49,9 @@ def run(fast: bool = False) -> Result:
             ("rare class drawn as often", DataLoader(data, 32, sampler=draws, drop_last=True), F.cross_entropy),
             ("class weights in the loss", data, weighted),
         ):
-            measured = {"source": DataLoader(compared, 100), "num_units": 100, "labels": 1}
+            measured: dict[str, Any] = {"source": DataLoader(compared, 100), "num_units": 100, "labels": 1}
             done = train(cnn, loader, steps=steps + 1, loss=loss, seed=seed, every_n_train_steps=steps, **measured)
-            cosines = class_cosines(done.confusion.last_gram, compared.tensors[1])
+            cosines = class_cosines(done.gram, compared.tensors[1])
             between = cosines[others][:, others]
             right = done.net(test.tensors[0]).argmax(1) == test.tensors[1]
             rare = test.tensors[1] == RARE

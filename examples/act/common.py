@@ -28,7 +28,7 @@ COLOURS = ("#c44e52", "#4c80b6", "#55a868", "#dd8452", "#8172b3", "#8c8c8c", "#6
 class Result:
     """What an example found: a table, as rows of cells with the columns first, and a figure."""
 
-    rows: list[Sequence[str]]
+    rows: Sequence[Sequence[str]]
     figure: Figure
 
     def __str__(self) -> str:
@@ -75,6 +75,12 @@ class Run:
     curves: dict[str, dict[int, float]]
     confusion: GradientConfusionCallback
 
+    @property
+    def gram(self) -> Tensor:
+        """The Gram of the last measurement."""
+        assert self.confusion.last_gram is not None
+        return self.confusion.last_gram
+
     def curve(self, name: str) -> dict[int, float]:
         return self.curves[name if name == "train_loss" else f"gradient_confusion/{name}"]
 
@@ -105,7 +111,7 @@ def sgd(rate: float) -> Callable[[Iterable[Tensor]], torch.optim.Optimizer]:
 
 def train(
     make: Callable[[], nn.Module],
-    data: TensorDataset | DataLoader,
+    data: TensorDataset | DataLoader[Any],
     *,
     steps: int,
     optimizer: Callable[..., Any] | None = None,
@@ -126,8 +132,8 @@ def train(
     net = make()
     if prepare is not None:
         prepare(net)
-    options = {"every_n_train_steps": 10, "num_units": 64, "source": "fixed", "histogram": False} | confusion
-    callback = GradientConfusionCallback(**options)
+    usual: dict[str, Any] = {"every_n_train_steps": 10, "num_units": 64, "source": "fixed", "histogram": False}
+    callback = GradientConfusionCallback(**usual | confusion)
     logger = InMemory()
     trainer = pl.Trainer(
         max_steps=steps,

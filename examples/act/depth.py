@@ -50,7 +50,7 @@ def network(
     return net
 
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "4 layers": {"depth": 4},
     "24 layers": {"depth": 24},
     "24, width 256": {"depth": 24, "width": 256},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 from common import Result, Run, digits, mlp, panels, sgd, span, train
@@ -56,7 +57,7 @@ def run(fast: bool = False) -> Result:
             clean = TensorDataset(*(part[:200] for part in clean.tensors))
         noisy, wrong = with_wrong_labels(clean, seed)
         # After 15 epochs, all pairs of the training set: a million, of which the worst 5000 are listed.
-        whole = {"num_units": len(clean), "top_pairs": 5000, "every_n_train_steps": short}
+        whole: dict[str, Any] = {"num_units": len(clean), "top_pairs": 5000, "every_n_train_steps": short}
         for name, data in (("clean labels", clean), ("one label in ten wrong", noisy)):
             run = train(network, data, steps=short + 1, seed=seed, optimizer=sgd(0.3), **whole)
             signs.setdefault(name, []).append(run)
@@ -79,11 +80,11 @@ def run(fast: bool = False) -> Result:
     print("of the places in the worst pairs, a tenth of the samples fills", {k: span(v) for k, v in shares.items()})
     table = [["training set", "lowest cosine", "5 % quantile", "gradient norm", "wrong labels in it", "test accuracy"]]
     for name, values in found.items():
-        left, accuracy = zip(*values, strict=True)
-        table.append([name, *signs_of.get(name, ["", "", ""]), span(left, 3), span(accuracy, 3)])
+        wrong_labels, accuracies = zip(*values, strict=True)
+        table.append([name, *signs_of.get(name, ["", "", ""]), span(wrong_labels, 3), span(accuracies, 3)])
     figure, axes = panels(list(signs))
     for panel, (name, runs) in zip(axes, signs.items(), strict=True):
-        draw_density(panel, runs[0].confusion.last_gram)
+        draw_density(panel, runs[0].gram)
         panel.set_title(f"{name}: {panel.get_title().split(': ')[1]}", fontsize=9)
         panel.legend(frameon=False, fontsize=7)
     return Result(table, figure)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from common import Result, digits, mlp, panels, span, train
 
 LAYERS = {"net.0": "64 to 64", "net.2": "64 to k", "net.4": "k to 64", "net.6": "64 to 10"}
@@ -10,7 +13,7 @@ LAYERS = {"net.0": "64 to 64", "net.2": "64 to k", "net.4": "k to 64", "net.6": 
 def run(fast: bool = False) -> Result:
     steps, seeds = (20, (0,)) if fast else (900, range(5))
     train_set, test = digits()
-    variants = {
+    variants: dict[str, tuple[int, dict[str, Any]]] = {
         "k = 4": (4, {}),
         "k = 4, larger batch (256)": (4, {"batch_size": 256}),
         "k = 16": (16, {}),
@@ -20,7 +23,7 @@ def run(fast: bool = False) -> Result:
     found = {}
     for name, (k, options) in variants.items():
         runs = [
-            train(lambda k=k: mlp(64, 64, k, 64, 10), train_set, steps=steps, seed=seed, per_layer=True, **options)
+            train(partial(mlp, 64, 64, k, 64, 10), train_set, steps=steps, seed=seed, per_layer=True, **options)
             for seed in seeds
         ]
         found[name] = runs[0]

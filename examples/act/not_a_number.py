@@ -30,7 +30,8 @@ def autoencoder() -> nn.Sequential:
 def not_finite(net: nn.Module, data: TensorDataset) -> list[int]:
     """Return the positions of the samples whose gradient is not finite."""
     grams = gradient_gram(net, lambda module, batch: distance(module(batch[0]), batch[1]), data.tensors)
-    return (~sum(grams.values()).diagonal().isfinite()).nonzero()[:, 0].tolist()
+    gram = torch.stack(list(grams.values())).sum(0)
+    return (~gram.diagonal().isfinite()).nonzero()[:, 0].tolist()
 
 
 def run(fast: bool = False) -> Result:

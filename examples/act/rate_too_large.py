@@ -22,7 +22,7 @@ def warmed_up(parameters: Iterable[Tensor]) -> dict[str, Any]:
 def run(fast: bool = False) -> Result:
     steps, seeds = (30, (0,)) if fast else (400, range(5))
     train_set, test = digits()
-    variants = {
+    variants: dict[str, dict[str, Any]] = {
         "0.1": {"optimizer": sgd(0.1)},
         "0.3": {"optimizer": sgd(0.3)},
         "1": {"optimizer": sgd(1.0)},

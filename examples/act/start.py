@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import Result, Run, draw, mlp, panels, span, train
@@ -42,7 +43,7 @@ def run(fast: bool = False) -> Result:
     progress, following = patients(), text(3 if fast else 30)
     counts = torch.bincount(following.tensors[1], minlength=256) + 1.0
     mean, frequencies = progress.tensors[1].mean(), (counts / counts.sum()).log()
-    tasks = (
+    tasks: tuple[Any, ...] = (
         ("regression", "mean of the targets", lambda: mlp(10, 64, 64, 1), progress, squared, mean, {}),
         ("text", "log of the frequencies", next_byte, following, F.cross_entropy, frequencies,
          {"num_units": 16, "unit_size": 32}),
@@ -51,7 +52,7 @@ def run(fast: bool = False) -> Result:
     first: dict[str, dict[str, Run]] = {}
     for task, what, make, data, loss, value, units in tasks:
 
-        def prepare(net: nn.Module, value: Tensor = value) -> None:
+        def prepare(net: Any, value: Tensor = value) -> None:
             net[-1].bias.data.copy_(value)
 
         for name, change in (("as PyTorch sets it", None), (what, prepare)):
@@ -74,8 +75,8 @@ def run(fast: bool = False) -> Result:
             table.append([task, name, *cosines, *losses])
             first.setdefault(task, {})[name] = runs[0]
     figure, axes = panels([f"{task}: {what}" for task in first for what in ("mean cosine", "training loss")], width=10)
-    for k, runs in enumerate(first.values()):
-        draw(axes[2 * k], runs, "mean_cosine")
-        draw(axes[2 * k + 1], runs, "train_loss", smooth=5)
+    for k, of_task in enumerate(first.values()):
+        draw(axes[2 * k], of_task, "mean_cosine")
+        draw(axes[2 * k + 1], of_task, "train_loss", smooth=5)
         axes[2 * k + 1].legend(frameon=False, fontsize=7)
     return Result(table, figure)

@@ -47,8 +47,8 @@ def study(protocol: Protocol, finish: Finish, folder: Path) -> str:
     for each in axes[0]:
         sizes_on(each, protocol.depths, "depth")
     deepest = protocol.depths[-1]
-    groups = {label: by_depth[kind][-1] for kind, label in LABELS.items()}
-    training_row(axes[1], groups, QUALITATIVE[: len(groups)])
+    at_deepest = {label: by_depth[kind][-1] for kind, label in LABELS.items()}
+    training_row(axes[1], at_deepest, QUALITATIVE[: len(at_deepest)])
     axes[1, 0].set_title(f"{deepest} layers, all runs: loss")
     label(figure, axes[1, 0], "With and without BatchNorm and skip connections, width factor 2")
     save(figure, folder / "batchnorm_skip.png")

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from scipy.stats import gaussian_kde
 
 from .moments import Record, curve
@@ -72,6 +72,11 @@ def training(groups: dict[str, list[Record]], colours: Sequence[Any], title: str
     return figure
 
 
+def whole_numbers(axes: Axes) -> None:
+    """Write only whole numbers at the horizontal axis."""
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
+
+
 def training_row(row: Sequence[Axes], groups: dict[str, list[Record]], colours: Sequence[Any]) -> None:
     """Draw loss, lowest cosine and final density of all runs, also of those that fail."""
     row[0].set(yscale="log", xlabel="epoch", ylabel="training loss (nats)", title="loss")
@@ -81,7 +86,7 @@ def training_row(row: Sequence[Axes], groups: dict[str, list[Record]], colours: 
         band(row[0], epochs, [curve(record, "loss") for record in records], colour, name)
         density(row[2], records, colour, name)
     confusion(row[1], groups, colours, "gradient confusion of mini-batches")
-    row[0].xaxis.get_major_locator().set_params(integer=True)
+    whole_numbers(row[0])
     plain_logarithm(row[0])
     row[2].set_ylim(bottom=0)  # where the band of a density is one
     row[2].axvline(0, color=PALE, linewidth=1, zorder=0)
@@ -93,7 +98,7 @@ def confusion(axes: Axes, groups: dict[str, list[Record]], colours: Sequence[Any
     for colour, (name, records) in zip(colours, groups.items(), strict=True):
         epochs = range(records[0]["run"]["epochs"] + 1)
         band(axes, epochs, [curve(record, "min_cosine") for record in records], colour, name)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    whole_numbers(axes)
     axes.axhline(0, color=PALE, linewidth=1, zorder=0)
     cosines(axes)
 

@@ -57,7 +57,7 @@ def train(run: Run, folder: str | None = None) -> dict[str, Any]:
     models.initialise(net, run.init, relu=not run.model.startswith(("tanh", "linear")))
     module = Classifier(net, run.lr, [round(0.4 * run.epochs), round(0.8 * run.epochs)])
     # Without training, the one step is measured before it is taken; the end of its epoch would come after.
-    when: dict[str, int] = {"every_n_epochs": 1} if run.epochs else {"every_n_train_steps": 1}
+    when: dict[str, Any] = {"every_n_epochs": 1} if run.epochs else {"every_n_train_steps": 1}
     confusion = GradientConfusionCallback(
         **when, source="fresh", num_units=run.num_units, unit_size=run.unit_size, seed=run.seed
     )

@@ -45,8 +45,8 @@ def study(protocol: Protocol, finish: Finish, folder: Path) -> str:
         failures.append([name, spread(bad, missing="not"), spread(good, missing="not")])
     save(scatter(records, protocol, measures), folder / "speed.png")
     sizes = [f"{name} ({len(by_network(trained(members)))} networks)" for name, members in sets.items()]
-    bad = sum(failed(record) for record in records)
-    head = ["min cosine", f"of the {bad} runs that fail", f"of the {len(records) - bad} that train"]
+    number = sum(failed(record) for record in records)
+    head = ["min cosine", f"of the {number} runs that fail", f"of the {len(records) - number} that train"]
     return f"{markdown(['confusion', *sizes], correlations)}\n\n{markdown(head, failures)}"
 
 

@@ -52,8 +52,8 @@ def tuned(runs: Sequence[Run], protocol: Protocol, title: str, finish: Finish) -
 
     The best rate is that with the lowest training loss at the end of the tuning epochs.
     """
-    short = {"epochs": protocol.tuning_epochs, "seed": TUNING_SEED}
-    grid = [[replace(run, lr=rate, **short) for rate in protocol.rates] for run in runs]
+    trials = [replace(run, epochs=protocol.tuning_epochs, seed=TUNING_SEED) for run in runs]
+    grid = [[replace(trial, lr=rate) for rate in protocol.rates] for trial in trials]
     tried = finish([trial for row in grid for trial in row], f"{title}: learning rates")
     loss = {Run(**record["run"]): final_loss(record) for record in tried}
     best = [min(row, key=loss.__getitem__).lr for row in grid]

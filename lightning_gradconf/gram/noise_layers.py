@@ -80,6 +80,6 @@ def _draws(layer: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
 def _states() -> list[Any]:
     """Return the states of the random generators that layers draw from, to be compared."""
     states = [torch.get_rng_state()]
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         states += torch.cuda.get_rng_state_all()
     return [*states_of_python(), *(state.tolist() for state in states)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class _Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Watching(TorchDispatchMode):
     """Calls `drawn` with the result of every operation that draws from a global generator."""
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class _Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
         raise NotImplementedError
 
 
-class Recorder(_Watching):  # type: ignore[no-untyped-call]
+class Recorder(_Watching):
     """Within this context, keep what one of n units draws while torch.func computes all of them.
 
     Args:
@@ -78,7 +78,7 @@ class Recorder(_Watching):  # type: ignore[no-untyped-call]
         return self._numbers
 
 
-class Replayer(_Watching):  # type: ignore[no-untyped-call]
+class Replayer(_Watching):
     """Within this context, operations draw the recorded numbers.
 
     Args:

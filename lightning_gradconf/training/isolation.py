@@ -56,7 +56,7 @@ def no_trace(trainer: Trainer, module: LightningModule, *others: Any, data: Iter
         stack.enter_context(torch.enable_grad())
         # Units have other shapes than batches: compiling for them would use up the recompilations of training.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
+        if torch.backends.cudnn.is_available():
             cudnn = torch.backends.cudnn
             # A benchmark for a unit's shape would stay in the cache.
             flags = {name: getattr(cudnn, name) for name in ("enabled", "deterministic", "allow_tf32")}

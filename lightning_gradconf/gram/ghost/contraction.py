@@ -108,7 +108,7 @@ def _part(form: Form, done: float) -> tuple[float, float]:
 
 def _now() -> float:
     """Return the time, when an accelerator is done with what it has to do."""
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 

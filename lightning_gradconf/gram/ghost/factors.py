@@ -195,7 +195,7 @@ class IndexedRows:
         """Return all inner products, ``(n, n)``: over the rows of the table that two units have both looked up."""
         n, _, q = self.values.shape
         unit = torch.arange(n, device=self.index.device)[:, None]
-        key, where = (self.index * n + unit).flatten().unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        key, where = (self.index * n + unit).flatten().unique(return_inverse=True)
         values = self.values.new_zeros(len(key), q).index_add_(0, where, self.values.flatten(0, 1))
         word, unit = key // n, key % n
         if not self._is_sparse(word):
@@ -213,14 +213,14 @@ class IndexedRows:
     def _is_sparse(self, word: Tensor) -> bool:
         """Return whether few units have looked up the same rows; ``word`` is in order."""
         n, rows = self.index.shape
-        _, counts = word.unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
+        _, counts = word.unique_consecutive(return_counts=True)
         pairs = int(counts.square().sum())
         return 8 * pairs < n * n * rows
 
     def _by_table(self, word: Tensor, unit: Tensor, values: Tensor) -> Tensor:
         """Return the Gram from the part of the table that was looked up, some columns at a time."""
         n, _, q = self.values.shape
-        used, word = word.unique_consecutive(return_inverse=True)  # type: ignore[no-untyped-call]
+        used, word = word.unique_consecutive(return_inverse=True)
         gram = values.new_zeros(n, n)
         step = max(1, BLOCK // (n * len(used)))
         for lo in range(0, q, step):

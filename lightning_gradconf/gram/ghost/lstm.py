@@ -54,7 +54,7 @@ def shorten(node: Node, known: Callable[[], Gates | None]) -> list[RemovableHand
     return [node.register_prehook(before), node.register_hook(after)]
 
 
-class _Answer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Answer(TorchDispatchMode):
     """Has the result of a layer's backward pass already."""
 
     def __init__(self, gradients: tuple[Tensor | None, ...]) -> None:
