@@ -63,6 +63,7 @@ docs: $(VENV)/.docs  ## the documentation as a site, in site/; warnings are erro
 
 bench: $(VENV)/.test  ## time and memory of the engines over an ordinary step, and the callback's share of a run
 	cd benchmarks && ../$(BIN)/python speed.py $(ARGS)
+	cd benchmarks && ../$(BIN)/python real.py
 	cd benchmarks && ../$(BIN)/python memory.py
 	cd benchmarks && ../$(BIN)/python overhead.py
 

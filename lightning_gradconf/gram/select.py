@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from textwrap import shorten
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ Engine = Literal["auto", "ghost", "vmap", "loop"]
 Differentiator = Callable[[Objective], Callable[[Sequence[Any]], Rows]]
 _ENGINES = ("ghost", "vmap", "loop")
 _TRIES = 2  # of an engine that fails, before it is left alone
+_LONGEST = 200  # characters of a reason; torch.func says whole paragraphs
 log = logging.getLogger("lightning_gradconf")
 
 
@@ -177,7 +179,7 @@ class _Call:
                     with nullcontext() if self.findings.has_worked(name) else untouched(self.objective.module):
                         grams = self.by(name)
                 except Exception as error:
-                    reason = in_words(error)
+                    reason = shorten(in_words(error), _LONGEST, placeholder=" ...")
                     self.findings.note_failure(name, reason)
                 else:
                     self.findings.note_success(name)
