@@ -49,9 +49,8 @@ lint: $(VENV)/.test  ## style, formatting, spelling and types
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m codespell_lib
 	$(BIN)/python -m mypy
-	@# Whatever a module returns is Any.
-	cd benchmarks && ../$(BIN)/python -m mypy --no-warn-return-any --follow-imports=silent .
-	cd examples && ../$(BIN)/python -m mypy --no-warn-return-any --follow-imports=silent .
+	cd benchmarks && ../$(BIN)/python -m mypy .
+	cd examples && ../$(BIN)/python -m mypy .
 
 format: $(VENV)/.test  ## repair what ruff can repair
 	$(BIN)/python -m ruff check --fix .

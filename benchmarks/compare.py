@@ -76,7 +76,9 @@ def ours(net: nn.Module, batch: Batch, unit_size: int = 1) -> Tensor:
 
 def torchjd(net: nn.Module, batch: Batch) -> Tensor:
     """Return TorchJD's Gramian of the losses of single samples."""
-    return Engine(net, batch_dim=0).compute_gramian(F.cross_entropy(net(batch[0]), batch[1], reduction="none"))
+    losses = F.cross_entropy(net(batch[0]), batch[1], reduction="none")
+    gram: Tensor = Engine(net, batch_dim=0).compute_gramian(losses)
+    return gram
 
 
 def opacus(net: nn.Module, batch: Batch) -> Tensor:

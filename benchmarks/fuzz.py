@@ -36,6 +36,7 @@ def main() -> None:
     rng, engines, found, start = random.Random(options.seed), Counter[str](), 0, time.monotonic()
 
     def trouble(recipe: Recipe) -> str | None:
+        wrong: str | None
         try:
             wrong, used = deviation(recipe, options.engine)
         except Exception as error:

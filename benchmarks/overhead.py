@@ -115,7 +115,8 @@ class GraphNet(nn.Module):
             h = layer(nodes)
             nodes = (h + torch.zeros_like(h).index_add(0, edges[1], h[edges[0]])).relu()
         count = int(graph[-1]) + 1
-        return self.head(torch.zeros(count, nodes.shape[1]).index_add(0, graph, nodes))
+        logits: Tensor = self.head(torch.zeros(count, nodes.shape[1]).index_add(0, graph, nodes))
+        return logits
 
 
 def graphs() -> tuple[nn.Module, list[Any], Callable[[list[Any]], Any]]:

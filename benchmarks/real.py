@@ -35,7 +35,8 @@ def model(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def of_hugging_face(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    return module(**batch).loss
+    loss: Tensor = module(**batch).loss
+    return loss
 
 
 def mean_over_tokens(logits: Tensor, labels: Tensor) -> Tensor:

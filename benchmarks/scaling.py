@@ -222,7 +222,8 @@ def fresh(engine: str) -> dict[str, list[dict[str, float]]]:
     """All points of one engine, in a process of its own."""
     command = [sys.executable, __file__, "--engine", engine]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | ENV, check=True)
-    return json.loads(done.stdout)
+    points: dict[str, list[dict[str, float]]] = json.loads(done.stdout)
+    return points
 
 
 def all_points(engine: str) -> dict[str, list[dict[str, float]]]:

@@ -85,7 +85,8 @@ class Residual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x + self.branch(x)).relu()
+        out: Tensor = x + self.branch(x)
+        return out.relu()
 
 
 def resnet() -> nn.Sequential:
@@ -105,7 +106,8 @@ class NextByte(nn.Module):
         )
 
     def forward(self, text: Tensor) -> Tensor:
-        return self.head(self.lstm(self.embedding(text))[0])
+        logits: Tensor = self.head(self.lstm(self.embedding(text))[0])
+        return logits
 
 
 def next_byte(net: nn.Module, batch: tuple[Tensor]) -> Tensor:
@@ -151,7 +153,8 @@ class Graph(nn.Module):
         nodes = torch.cat([images[:, :, None], place.expand(len(images), -1, -1)], 2)
         for layer in self.layers:
             nodes = layer(torch.cat([nodes, edges @ nodes], 2)).relu()
-        return self.head((nodes * bright[:, :, None]).sum(1) / bright.sum(1, keepdim=True))
+        logits: Tensor = self.head((nodes * bright[:, :, None]).sum(1) / bright.sum(1, keepdim=True))
+        return logits
 
 
 def contrast(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -67,7 +67,8 @@ class Block(nn.Module):
             self.skip.extend([nn.Conv2d(channels, out, 1, stride, bias=False), nn.GroupNorm(32, out)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.body(x) + self.skip(x)).relu()
+        out: Tensor = self.body(x) + self.skip(x)
+        return out.relu()
 
 
 def resnet18(units: int = 32) -> Workload:
@@ -94,7 +95,8 @@ class GPTBlock(nn.Module):
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.feed(self.norm2(x))
+        out: Tensor = x + self.feed(self.norm2(x))
+        return out
 
 
 class GPT(nn.Module):
@@ -112,7 +114,8 @@ class GPT(nn.Module):
     def forward(self, index: Tensor) -> Tensor:
         positions = torch.arange(index.shape[1], device=index.device)
         x = self.tokens(index) + self.positions(positions.expand_as(index) if self.expand else positions)
-        return self.head(self.norm(self.blocks(x)))
+        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        return logits
 
 
 def gpt(units: int = 16, expand: bool = False) -> Workload:
@@ -132,7 +135,8 @@ class LSTMClassifier(nn.Module):
         self.head = nn.Linear(width, 10)
 
     def forward(self, index: Tensor) -> Tensor:
-        return self.head(self.rnn(self.words(index))[0][:, -1])
+        logits: Tensor = self.head(self.rnn(self.words(index))[0][:, -1])
+        return logits
 
 
 def lstm(units: int = 32) -> Workload:
@@ -149,7 +153,8 @@ class EncoderClassifier(nn.Module):
         self.head = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.encoder(x).mean(1))
+        logits: Tensor = self.head(self.encoder(x).mean(1))
+        return logits
 
 
 def encoder(units: int = 32) -> Workload:
@@ -166,7 +171,8 @@ class Adapted(nn.Module):
         self.up = nn.Linear(rank, base.out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.up(self.down(x))
+        out: Tensor = self.base(x) + self.up(self.down(x))
+        return out
 
 
 class LlamaBlock(nn.Module):
@@ -193,7 +199,8 @@ class LlamaBlock(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(-2))
         h = self.between(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+        out: Tensor = x + self.down(F.silu(self.gate(h)) * self.up(h))
+        return out
 
 
 def llama(units: int = 4, length: int = 128, width: int = 1536, layers: int = 16, rank: int = 0) -> Workload:

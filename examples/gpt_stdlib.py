@@ -44,7 +44,8 @@ class ByteGPT(pl.LightningModule):
         future = nn.Transformer.generate_square_subsequent_mask(LENGTH, device=text.device)
         for block in self.blocks:
             x = block(x, src_mask=future, is_causal=True)
-        return self.head(self.norm(x))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
 
     def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
         (text,) = batch

@@ -44,7 +44,7 @@ class DigitTransformer(pl.LightningModule):
         self.model = ViTForImageClassification(config)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self.model(**batch).loss
+        loss: Tensor = self.model(**batch).loss
         self.log("train_loss", loss, prog_bar=True)
         return loss
 

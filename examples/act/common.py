@@ -97,7 +97,8 @@ class Run:
     def accuracy(self, data: TensorDataset) -> float:
         x, y = data.tensors
         with torch.no_grad():
-            return (self.net.eval()(x).argmax(1) == y).float().mean().item()
+            logits: Tensor = self.net.eval()(x)
+        return (logits.argmax(1) == y).float().mean().item()
 
     def loss(self, data: TensorDataset, loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy) -> float:
         x, y = data.tensors

@@ -17,7 +17,7 @@ class Block(nn.Module):
         self.norm = nn.BatchNorm1d(width) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.norm(self.linear(x)).relu()
+        out: Tensor = self.norm(self.linear(x)).relu()
         return x + out if self.skip else out
 
 

@@ -117,7 +117,8 @@ def random_gram(depth: int, width: int, dimension: int, samples: int, activation
     y = torch.randint(2, (samples, 1)) * 2.0 - 1
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return (model(batch[0]) - batch[1]).square().mean()
+        error: Tensor = model(batch[0]) - batch[1]
+        return error.square().mean()
 
     grams = gradient_gram(model, loss, (x, y), engine="vmap")
     return torch.stack(list(grams.values())).sum(0)
