@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
@@ -33,9 +32,8 @@ class Differentiator:
         self._originals = {**objective.parameters, **objective.constants}
         self._copies = objective.copies()
         self._versions = {name: copy._version for name, copy in self._copies.items()}
-        # Native BatchNorm updates its buffers without counting a version, so buffers are always renewed.
-        self._renewed = {name for name, tensor in objective.constants.items() if not isinstance(tensor, nn.Parameter)}
-        self._was_compared, self._takes_copies = False, True
+        self._compared: set[str] | None = None
+        self._takes_copies = True
         self._rewind = rewinder(objective.module)
 
     def __call__(self, units: Sequence[Any]) -> dict[str, Tensor]:
@@ -86,20 +84,24 @@ class Differentiator:
                 restore_tensor(tensor, self._copies[name].detach())
 
     def _renew_copies(self) -> None:
-        """Undo what a unit's pass wrote into the copies, so that every unit meets the same module."""
-        if not self._was_compared:  # writing through `data` counts no version either
-            self._renewed |= {name for name, copy in self._copies.items() if not _equal(copy, self._originals[name])}
-            self._was_compared = True
+        """Undo what a unit's pass wrote into the copies, so that every unit meets the same module.
+
+        What shows no new version is compared: everything after the first unit, since that costs up to half of a pass;
+        then buffers, which native BatchNorm updates so, and what the first unit wrote to through `data`.
+        """
+        changed = {
+            name
+            for name, copy in self._copies.items()
+            if (self._compared is None or name in self._compared or copy._version != self._versions[name])
+            and restore_tensor(copy, self._originals[name].detach())
+        }
         for name, copy in self._copies.items():
-            if copy._version != self._versions[name] or name in self._renewed:
-                copy.data.copy_(self._originals[name])
-                self._versions[name] = copy._version
+            self._versions[name] = copy._version
             if not copy.requires_grad and name in self._objective.parameters:
                 copy.requires_grad_()  # user's code may have frozen it
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.layout is torch.strided and torch.equal(a.detach(), b.detach())
+        if self._compared is None:
+            constants = self._objective.constants.items()
+            self._compared = changed | {name for name, tensor in constants if not isinstance(tensor, nn.Parameter)}
 
 
 def _differentiate(objective: Objective, loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:

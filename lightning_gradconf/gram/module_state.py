@@ -95,12 +95,13 @@ def rewinder(module: nn.Module) -> Callable[[], None]:
     """
     memory = _Memory(module)
     memory.remember(module, type(module).__name__)
-    values = memory.values
+    changed: list[Callable[[], bool]] | None = None
 
     def rewind() -> None:
-        nonlocal values
-        values = [put_back for put_back in values if put_back()]
-        for put_back in memory.containers:
+        nonlocal changed
+        if changed is None:
+            changed = [put_back for put_back in memory.values if put_back()]
+        for put_back in (*changed, *memory.containers):
             put_back()
 
     return rewind

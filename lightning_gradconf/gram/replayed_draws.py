@@ -14,10 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class _Watching(TorchDispatchMode):
-    """Calls `drawn` with the result of every operation that draws from a global generator."""
+    """Calls `drawn` with the result of every operation that has drawn from a global generator.
 
-    def __init__(self) -> None:
+    Attention that could drop something is not one if it drops nothing, so the state of the generator tells.
+
+    Args:
+        device: Where the module is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._device = device
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -28,16 +35,14 @@ class _Watching(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
-        self.draws()
+        before = _states(self._device)
         result = func(*args, **kwargs)
-        self.drawn(result)
+        if not _equal(before, _states(self._device)):
+            self.drawn(result, before)
         return result
 
-    def draws(self) -> None:
-        """Note that an operation is about to draw."""
-
-    def drawn(self, result: Any) -> None:
-        """Take what an operation drew."""
+    def drawn(self, result: Any, before: list[Tensor]) -> None:
+        """Take what an operation drew, and the state before it."""
         raise NotImplementedError
 
 
@@ -51,19 +56,16 @@ class Recorder(_Watching):
     """
 
     def __init__(self, unit: int, n: int, device: torch.device) -> None:
-        super().__init__()
+        super().__init__(device)
         self._numbers: list[Tensor | None] = []
-        self._unit, self._n, self._device = unit, n, device
-        self._states = _states(device)
+        self._unit, self._n = unit, n
+        self._state = _states(device)
         self._is_seeded = False
 
-    def draws(self) -> None:
-        """Note whether somebody has set the state since the last draw."""
-        self._is_seeded |= not all(map(torch.equal, _states(self._device), self._states))
-
-    def drawn(self, result: Any) -> None:
-        """Keep the unit's part of ``result``, ``(n, ...)``."""
-        self._states = _states(self._device)
+    def drawn(self, result: Any, before: list[Tensor]) -> None:
+        """Keep the unit's part of ``result``, ``(n, ...)``, and note whether somebody has set the state before."""
+        self._is_seeded |= not _equal(before, self._state)
+        self._state = _states(self._device)
         has_units = isinstance(result, Tensor) and result.dim() > 0 and len(result) == self._n
         self._numbers.append(result[self._unit].clone() if has_units else None)
 
@@ -83,13 +85,14 @@ class Replayer(_Watching):
 
     Args:
         numbers: Of `Recorder`.
+        device: Where the module is.
     """
 
-    def __init__(self, numbers: Sequence[Tensor | None]) -> None:
-        super().__init__()
+    def __init__(self, numbers: Sequence[Tensor | None], device: torch.device) -> None:
+        super().__init__(device)
         self._numbers, self._next, self._fits = numbers, 0, True
 
-    def drawn(self, result: Any) -> None:
+    def drawn(self, result: Any, before: list[Tensor]) -> None:
         """Put the next of the recorded numbers in the place of ``result``."""
         number = self._numbers[self._next] if self._next < len(self._numbers) else None
         self._next += 1
@@ -108,3 +111,7 @@ def _states(device: torch.device) -> list[Tensor]:
     """Return the states of the global generators that a module on ``device`` draws from, to be compared."""
     states = [torch.get_rng_state()]
     return states if device.type != "cuda" else [*states, torch.cuda.get_rng_state(device)]
+
+
+def _equal(states: list[Tensor], others: list[Tensor]) -> bool:
+    return all(map(torch.equal, states, others))

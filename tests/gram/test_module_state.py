@@ -162,6 +162,16 @@ def test_what_only_a_later_unit_changes_is_put_back():
     assert trap.number == 1 and not hasattr(trap, "new") and trap.items == [1, [2]] and trap.tensor.tolist() == [1, 1]
 
 
+def test_what_only_some_units_change_is_put_back():
+    trap = Trap()
+    before, rewind = trap.array.copy(), rewinder(trap)
+    for written in (True, False, True):
+        if written:
+            trap.array += 1
+        rewind()
+        assert (trap.array == before).all()
+
+
 class Slots:
     __slots__ = ("more", "number")
 

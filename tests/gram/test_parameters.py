@@ -131,7 +131,7 @@ def test_only_some_parameters_of_a_loss_that_asks_whether_all_are_trained():
     torch.testing.assert_close(some, {name: both[name] for name in some}, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.filterwarnings("ignore:`torch.jit.[a-z_]+` is (deprecated|not supported)")
 @pytest.mark.parametrize("compiled", [torch.jit.script, lambda net: torch.jit.trace(net, torch.randn(2, 4))])
 @pytest.mark.parametrize("engine", ["auto", "vmap", "loop"])
 def test_scripted_and_traced_submodules(engine, compiled):

@@ -72,7 +72,7 @@ def test_numbers_of_another_unit_are_not_taken() -> None:
     x = torch.zeros(N, 4)
     with Recorder(2, N, x.device) as recorder:
         drawn = torch.func.vmap(lambda x: x + torch.randn(4), randomness="different")(x)
-    with Replayer(recorder.checked()) as replayer:
+    with Replayer(recorder.checked(), x.device) as replayer:
         again = torch.randn(4)
     assert replayer.has_fitted
     assert torch.equal(again, drawn[2])
@@ -80,10 +80,18 @@ def test_numbers_of_another_unit_are_not_taken() -> None:
 
 @pytest.mark.parametrize("draws", [0, 2])
 def test_other_draws_do_not_fit(draws: int) -> None:
-    with Replayer([torch.ones(3)]) as replayer:
+    with Replayer([torch.ones(3)], torch.device("cpu")) as replayer:
         for _ in range(draws):
             torch.randn(3)
     assert not replayer.has_fitted
+
+
+def test_attention_that_drops_nothing_draws_nothing() -> None:
+    q = torch.randn(1, 2, 3, 4)
+    with Recorder(0, 1, q.device) as recorder:
+        F.scaled_dot_product_attention(q, q, q)
+        F.dropout(q, 0.0)
+    assert recorder.checked() == []
 
 
 class Wrong(torch.autograd.Function):

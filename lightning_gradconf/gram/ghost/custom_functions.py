@@ -24,6 +24,12 @@ _APPLY = Function.__dict__["apply"]
 # Before torch 2.15 it is written in Python.
 _IN_PYTHON: Any = getattr(_APPLY, "__func__", None)
 _CODE = _IN_PYTHON and _IN_PYTHON.__code__
+# `apply` as PyTorch has it, also while `_IN_PYTHON` runs another code.
+_USUAL: Any = (
+    _APPLY
+    if _IN_PYTHON is None
+    else classmethod(types.FunctionType(_CODE, _IN_PYTHON.__globals__, "apply", None, _IN_PYTHON.__closure__))
+)
 
 
 @contextmanager
@@ -36,7 +42,7 @@ def vmappable(n: int) -> Iterator[None]:
     generators = {name: vars(checkpoints)[name] for name in _GENERATORS if name in vars(checkpoints)}
 
     def apply_by_unit(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        apply = _usual_apply(cls)
+        apply = _USUAL.__get__(None, cls)
         if threading.get_ident() == thread:
             if cls is checkpoints.CheckpointFunction:
                 function, _, *inputs = args
@@ -87,13 +93,6 @@ def _redirected(owner: Any) -> Any:
         return owner._apply_by_unit(cls, *args, **kwargs)
 
     return apply
-
-
-def _usual_apply(cls: Any) -> Callable[..., Any]:
-    """Return ``cls.apply`` as PyTorch has it."""
-    if _IN_PYTHON is None:
-        return _APPLY.__get__(None, cls)  # type: ignore[no-any-return]
-    return partial(types.FunctionType(_CODE, _IN_PYTHON.__globals__, "apply", None, _IN_PYTHON.__closure__), cls)
 
 
 def _nothing() -> Iterator[None]:

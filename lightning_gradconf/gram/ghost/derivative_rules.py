@@ -101,8 +101,8 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {
         (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.backward, Tensor.retain_grad), _refused
     ),
 }
-# Their tensors may lie in lists, or be no batched ones.
-RULES_FOR_LISTS: dict[Callable[..., Any], Callable[..., Any]] = {
+# Rules that are always asked, not only where an argument is batched: they may act on a list, or on a parameter.
+UNCONDITIONAL_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.requires_grad_: _requires_grad_,
     torch.autograd.grad: _gradient,
     torch.autograd.backward: _refused,

@@ -80,7 +80,7 @@ class UnitMode(MeasurementMode):
                 result = rule(self, func, *args, **kwargs)
                 if result is not NotImplemented:
                     return self._noted(result)
-        elif (rule := derivative_rules.RULES_FOR_LISTS.get(func)) is not None:
+        elif (rule := derivative_rules.UNCONDITIONAL_RULES.get(func)) is not None:
             return rule(self, func, *args, **kwargs)
         elif func not in self._open and (body := _body_of(func)) is not None:
             self._open.add(func)  # a method may call its twin in C++, which comes by here under the same name
