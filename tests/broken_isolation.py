@@ -67,7 +67,7 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     "gradients of tensors in Python state": (ISOLATION, "self.remember(tensor.grad, path)", "pass"),
     "hidden modules": (ISOLATION, "if id(module) in self.swapped else ()", ""),
     "entries of mappings": (ISOLATION, "if type(key) not in _ATOMS or key not in _NOT_FOLLOWED:", "if False:"),
-    "mappings": (RESTORING, "    if _same(mapping.values(),", "    if True or _same(mapping.values(),"),
+    "mappings": (RESTORING, "    if is_same(mapping, saved):", "    if True or is_same(mapping, saved):"),
     "order and size of mappings": (RESTORING, "        mapping.clear()", "        pass"),
     "a Counter": (RESTORING, "        mapping[key] = value", "        mapping.update([(key, value)])"),
     "lists": (RESTORING, "    if _same(sequence, saved):", "    if True:"),

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from types import MethodType, SimpleNamespace
+from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_gradconf.gram.restoring import (
+    is_same,
     restore_array,
     restore_leaf,
     restore_mapping,
@@ -114,6 +115,16 @@ def reachable(module: nn.Module) -> Iterable[Any]:
     return memory.seen.values()
 
 
+def changes_in_libraries(module: nn.Module) -> Callable[[], list[str]]:
+    """Return a function that names objects of libraries whose attributes have changed since; they are not put back."""
+    memory = _Memory(module)
+    memory.remember(module, type(module).__name__)
+    saved = [(path, value, dict(vars(value))) for path, value in memory.left_alone.items()]
+    return lambda: [
+        f"{path} ({type(value).__name__})" for path, value, before in saved if not is_same(vars(value), before)
+    ]
+
+
 @contextmanager
 def without_warnings(beginning: str = "") -> Iterator[None]:
     """Ignore warnings that begin so, as if they had never come.
@@ -152,9 +163,11 @@ class _Memory:
             whether it was.
         values: The same by comparing values, and for what hardly any forward pass writes to.
         generators: Put random generators back.
+        left_alone: Objects of libraries, which are not put back, by where the module keeps them.
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self.left_alone: dict[str, Any] = {}
         self.containers: list[Callable[[], bool]] = []
         self.values: list[Callable[[], bool]] = []
         self.generators: list[Callable[[], Any]] = []
@@ -207,6 +220,8 @@ class _Memory:
             )
         elif self._is_users(value):
             self._remember_attributes_of_object(value, path)
+        elif hasattr(value, "__dict__") and not isinstance(value, type | FunctionType | ModuleType):
+            self.left_alone[path] = value
 
     def _remember_container(self, value: Any, path: str) -> None:
         if isinstance(value, MutableMapping):

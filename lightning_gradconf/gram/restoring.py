@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from operator import is_
 from typing import Any
 
@@ -46,7 +46,7 @@ def restore_array(array: Any, saved: Any) -> bool:
 
 def restore_mapping(mapping: MutableMapping[Any, Any], saved: dict[Any, Any]) -> bool:
     """Put the keys and values of ``mapping`` back, in their order, and return whether any had changed."""
-    if _same(mapping.values(), saved.values()) and _same(mapping, saved):
+    if is_same(mapping, saved):
         return False
     if not _same(mapping, saved):
         mapping.clear()
@@ -79,6 +79,11 @@ def restore_slots(value: Any, saved: dict[str, Any]) -> bool:
     for name in changed:
         object.__setattr__(value, name, saved[name])
     return bool(changed)
+
+
+def is_same(mapping: Mapping[Any, Any], saved: Mapping[Any, Any]) -> bool:
+    """Return whether the keys of a mapping and its values are the objects that they were."""
+    return _same(mapping.values(), saved.values()) and _same(mapping, saved)
 
 
 def _same(now: Collection[Any], saved: Collection[Any]) -> bool:

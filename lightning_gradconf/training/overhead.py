@@ -54,6 +54,11 @@ class Overhead:
             self._measuring += self._finished[0] - self._started
 
     @property
+    def measurements(self) -> int:
+        """How many there were in this run."""
+        return self._count + 1
+
+    @property
     def seconds_of_measurement(self) -> float:
         """Mean time of a measurement and the report on it; 0 before there were two."""
         return self._measuring / max(1, self._count)

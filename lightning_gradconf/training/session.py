@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lightning_gradconf.batches.sources import Source
+from lightning_gradconf.gram.module_state import changes_in_libraries
 from lightning_gradconf.gram.ranks.process_group import Ranks, new_process_group
 from lightning_gradconf.gram.ranks.sharded import is_sharded
 from lightning_gradconf.gram.select import in_words
@@ -166,7 +167,8 @@ class Session:
             return []
         self.overhead.wait_for_steps()
         try:
-            measurements = measured(self, batch, batch_idx, step)
+            with self._watching_libraries():
+                measurements = measured(self, batch, batch_idx, step)
         except Exception as error:
             if self._failures == 0:
                 self._advice = self._advice or advice(self, batch, batch_idx, step)
@@ -192,6 +194,17 @@ class Session:
         self.overhead.finish(step)
         self._stretch_interval()
         return readings
+
+    @contextmanager
+    def _watching_libraries(self) -> Iterator[None]:
+        """Warn of objects of libraries on the module that the second measurement changes; the first fills caches."""
+        changes = changes_in_libraries(self.module) if self.overhead.measurements == 1 else list[str]
+        yield
+        if changed := changes():
+            warn_here(
+                f"measuring changed {' and '.join(changed)}, which is not put back, as it belongs to a library: this "
+                "run is not the run without the callback. Pass a loss_fn that only computes the loss."
+            )
 
     def _report_on(self, name: str) -> Report:
         """Return what reports the measurements of a loss, by its name."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -112,3 +114,27 @@ def test_batches_of_one_sample_are_measured_on_fresh_ones(recwarn):
     assert confusion.last_gram is not None and confusion.last_gram.shape == (6, 6)
     said = [str(warning.message) for warning in recwarn if "drawn as with source='fresh'" in str(warning.message)]
     assert len(said) == 1 and "the first batch has one sample" in said[0]
+
+
+class Scaled(Net):
+    """A module that fits a scaler of scikit-learn as it trains, whose state the callback does not put back."""
+
+    def __init__(self, fits: bool) -> None:
+        super().__init__()
+        self.scaler, self.fits = StandardScaler(), fits
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.fits:
+            self.scaler.partial_fit(batch[0].tolist())
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("fits", [False, True])
+def test_objects_of_libraries_that_a_measurement_changes_are_named(fits: bool) -> None:
+    module, callback = Scaled(fits), GradientConfusionCallback(every_n_train_steps=2, num_units=4)
+    trainer = pl.Trainer(callbacks=[callback], max_steps=6, **QUIET)
+    warns = pytest.warns(UserWarning, match=r"measuring changed Scaled\.scaler \(StandardScaler\)")
+    with warns if fits else nullcontext() as caught:
+        trainer.fit(module, DataLoader(Samples(), 8))
+    assert not fits or sum("measuring changed" in str(warning.message) for warning in caught) == 1
+    assert callback.last_step == 5
