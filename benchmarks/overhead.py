@@ -72,7 +72,7 @@ class Module(pl.LightningModule):
 
 
 def with_batchnorm(net: nn.Module) -> nn.Module:
-    """The same network with BatchNorm for GroupNorm."""
+    """Return the same network with BatchNorm for GroupNorm."""
     for name, child in net.named_children():
         replaced = nn.BatchNorm2d(child.num_channels) if isinstance(child, nn.GroupNorm) else with_batchnorm(child)
         setattr(net, name, replaced)
@@ -80,7 +80,7 @@ def with_batchnorm(net: nn.Module) -> nn.Module:
 
 
 def cnn() -> tuple[nn.Module, Tensor, Tensor]:
-    """The network of examples/digits.py."""
+    """Return the network of examples/digits.py."""
     net = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         nn.Flatten(), nn.Dropout(0.25), nn.Linear(512, 10),
@@ -89,7 +89,7 @@ def cnn() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def mlp() -> tuple[nn.Module, Tensor, Tensor]:
-    """Steps of less than a millisecond."""
+    """Return a network whose steps take less than a millisecond."""
     return nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 10)), torch.randn(3200, 20), labels(3200)
 
 
@@ -120,7 +120,7 @@ class GraphNet(nn.Module):
 
 
 def graphs() -> tuple[nn.Module, list[Any], Callable[[list[Any]], Any]]:
-    """Graphs of 5 to 20 nodes, joined to one graph without edges between them: samples cannot be cut out of it."""
+    """Return graphs of 5 to 20 nodes, joined without edges between them: samples cannot be cut out of that."""
     sizes = torch.randint(5, 21, (1000,)).tolist()
     items = [((torch.randn(n, 8), torch.randint(n, (2, 3 * n))), torch.randint(10, ())) for n in sizes]
 

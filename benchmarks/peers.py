@@ -82,7 +82,7 @@ def nngeometry(model: nn.Module, batch: Any, losses: Losses) -> Measure:
 
 
 def _contract(parameters: Iterable[tuple[str, nn.Parameter]], attribute: str) -> Tensor:
-    """The Gram of the gradients that a library left in an attribute of each parameter."""
+    """Return the Gram of the gradients that a library left in an attribute of each parameter."""
     grams = []
     for name, p in parameters:
         if getattr(p, attribute, None) is None:

@@ -62,7 +62,7 @@ def ids(samples: int, length: int) -> Tensor:
 
 
 def padding(samples: int, length: int) -> Tensor:
-    """Masks of different lengths, one of seven samples without padding."""
+    """Return masks of different lengths, one of seven samples without padding."""
     lengths = torch.tensor([length - (i % 7) * 4 for i in range(samples)])
     return (torch.arange(length) < lengths[:, None]).long()
 
@@ -190,7 +190,7 @@ def resnet_batchnorm_weights_smoothing() -> Any:
 
 @model
 def resnet_batchnorm_metrics() -> Any:
-    """An accuracy of torchmetrics, ``loss.item()`` and a guard in the step."""
+    """Return a ResNet with an accuracy of torchmetrics, ``loss.item()`` and a guard in the step."""
     import torchmetrics
 
     module = resnet18()

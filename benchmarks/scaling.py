@@ -53,7 +53,7 @@ BUDGETS = (1 / 2, 1 / 4, 1 / 8)
 
 
 def model_of(width: int) -> nn.Sequential:
-    """An MLP of five layers; 1.1 million parameters at a width of 512."""
+    """Return an MLP of five layers; 1.1 million parameters at a width of 512."""
     torch.manual_seed(0)
     inner = [layer for _ in range(4) for layer in (nn.Linear(width, width), nn.ReLU())]
     return nn.Sequential(nn.Linear(64, width), nn.ReLU(), *inner, nn.Linear(width, 10))
@@ -64,7 +64,7 @@ def loss_of(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch
 
 
 def measured(action: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of processor time, and megabytes above what was there before, after a first call."""
+    """Return seconds of processor time, and megabytes above what was there before, after a first call."""
     action()
     seconds = []
     for _ in range(REPEATS):
@@ -80,7 +80,7 @@ def measured(action: Callable[[], object]) -> tuple[float, float]:
 
 
 def point(engine: Any, n: int = 32, k: int = 1, width: int = 512, share: float | None = None) -> dict[str, float]:
-    """One engine on n units of k samples; ``share`` is the budget as a part of what all gradients take."""
+    """Measure one engine on n units of k samples; ``share`` is the budget as a part of what all gradients take."""
     model = model_of(width)
     p = sum(parameter.numel() for parameter in model.parameters())
     batch = torch.randn(n * k, 64), torch.arange(n * k) % 10
@@ -219,7 +219,7 @@ def main() -> None:
 
 
 def fresh(engine: str) -> dict[str, list[dict[str, float]]]:
-    """All points of one engine, in a process of its own."""
+    """Measure all points of one engine, in a process of its own."""
     command = [sys.executable, __file__, "--engine", engine]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | ENV, check=True)
     points: dict[str, list[dict[str, float]]] = json.loads(done.stdout)

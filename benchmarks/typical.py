@@ -129,7 +129,7 @@ def bert() -> BertForMaskedLM:
 
 
 def masked(samples: list[tuple[Tensor]]) -> dict[str, Tensor]:
-    """A batch of texts in which one byte in seven is hidden and to be found."""
+    """Return a batch of texts in which one byte in seven is hidden and to be found."""
     text = torch.stack([sample for (sample,) in samples])
     hidden = (torch.arange(text.shape[1]) + torch.randint(7, (len(text), 1))) % 7 == 0
     return {"input_ids": text.where(~hidden, MASK), "labels": text.where(hidden, -100)}
@@ -218,7 +218,7 @@ def curves(training: Training, steps: int) -> dict[str, dict[int, float]]:
 
 
 def rows(training: Training, found: dict[str, dict[int, float]]) -> list[str]:
-    """The row of a training, or one for each network of a GAN: values at the start, in the middle and at the end."""
+    """Return the row of a training, or one for each network of a GAN: at the start, in the middle and at the end."""
     lines = []
     for infix, network in (("", ""), ("0/", ", discriminator"), ("1/", ", generator")):
         if f"gradient_confusion/{infix}eta" in found:

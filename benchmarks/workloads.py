@@ -204,7 +204,7 @@ class LlamaBlock(nn.Module):
 
 
 def llama(units: int = 4, length: int = 128, width: int = 1536, layers: int = 16, rank: int = 0) -> Workload:
-    """A decoder of 0.5 billion parameters; with ``rank``, these are frozen and have adapters."""
+    """Return a decoder of 0.5 billion parameters; with ``rank``, these are frozen and have adapters."""
     blocks = [LlamaBlock(width, width // 64, rank) for _ in range(layers)]
     table, head = nn.Embedding(VOCABULARY, width), nn.Linear(width, VOCABULARY, bias=False)
     model = nn.Sequential(table, *blocks, nn.RMSNorm(width), head)

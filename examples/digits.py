@@ -78,7 +78,7 @@ def digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
 
 
 def table(log_dir: str) -> str:
-    """One row for every measured step of the run in ``log_dir``, as its event file holds it."""
+    """Return one row for every measured step of the run in ``log_dir``, as its event file holds it."""
     events = EventAccumulator(log_dir, size_guidance={"scalars": 0})  # 0: keep every point
     events.Reload()
     curves = {key: {point.step: point.value for point in events.Scalars(key)} for key in COLUMNS}

@@ -39,12 +39,12 @@ class GAN(pl.LightningModule):
         )
 
     def generator_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """How surely the drawn digits are told from real ones."""
+        """Return how surely the drawn digits are told from real ones."""
         _, noise = batch
         return F.softplus(-self.discriminator(self.generator(noise).sigmoid())).mean()
 
     def discriminator_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """How often drawn digits are taken for real ones, and real ones for drawn."""
+        """Return how often drawn digits are taken for real ones, and real ones for drawn."""
         real, noise = batch
         drawn = self.generator(noise).sigmoid().detach()
         return (F.softplus(-self.discriminator(real)) + F.softplus(self.discriminator(drawn))).mean()
@@ -63,7 +63,7 @@ class GAN(pl.LightningModule):
 
 
 def with_noise(samples: list[tuple[Tensor]]) -> tuple[Tensor, Tensor]:
-    """A batch of digits and of noise to draw as many from: samples on dimension 0 of both."""
+    """Collate a batch of digits and of noise to draw as many from: samples on dimension 0 of both."""
     real = torch.stack([image for (image,) in samples])
     return real, torch.randn(len(real), NOISE)
 

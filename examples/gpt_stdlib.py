@@ -60,7 +60,7 @@ class ByteGPT(pl.LightningModule):
 
 
 def windows(files: int) -> TensorDataset:
-    """Windows of LENGTH + 1 bytes of the first modules of the standard library."""
+    """Return windows of LENGTH + 1 bytes of the first modules of the standard library."""
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:files]
     text = torch.frombuffer(bytearray(b"".join(source.read_bytes() for source in sources)), dtype=torch.uint8)
     return TensorDataset(text.long()[: len(text) // (LENGTH + 1) * (LENGTH + 1)].view(-1, LENGTH + 1))

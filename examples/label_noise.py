@@ -29,7 +29,7 @@ WRONG, MOST = 0.1, 20  # share of wrong labels; samples looked at, those in most
 
 
 def with_wrong_labels(data: TensorDataset, seed: int) -> tuple[TensorDataset, set[int]]:
-    """The data with some labels replaced by another class, and which."""
+    """Return the data with some labels replaced by another class, and which."""
     images, labels = data.tensors
     generator = torch.Generator().manual_seed(seed)
     wrong = torch.randperm(len(labels), generator=generator)[: round(WRONG * len(labels))]
@@ -39,7 +39,7 @@ def with_wrong_labels(data: TensorDataset, seed: int) -> tuple[TensorDataset, se
 
 
 def shares(pairs: Sequence[Pair], wrong: set[int]) -> tuple[float, float]:
-    """The share of pairs with a wrong label, and of the samples that are in most pairs, those with one."""
+    """Return the share of pairs with a wrong label, and of the samples that are in most pairs, those with one."""
     samples = [[index for origin in pair.origins for index in origin.samples] for pair in pairs]
     most = [index for index, _ in Counter(index for pair in samples for index in pair).most_common(MOST)]
     return (
@@ -49,7 +49,7 @@ def shares(pairs: Sequence[Pair], wrong: set[int]) -> tuple[float, float]:
 
 
 def picture(pairs: Sequence[Pair], images: Tensor, wrong: set[int]) -> Figure:
-    """The images of each pair side by side, with their labels, wrong ones marked."""
+    """Draw the images of each pair side by side, with their labels, wrong ones marked."""
     indices = [[origin.samples[0] for origin in pair.origins] for pair in pairs]
     captions = []
     for pair, (i, j) in zip(pairs, indices, strict=True):

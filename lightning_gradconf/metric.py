@@ -97,7 +97,7 @@ class GradientConfusion(Metric):
         return figure, figure.axes[0]
 
     def _rows(self, gradients: Tensor | Sequence[Tensor]) -> list[Tensor]:
-        """One ``(m, p)`` per parameter, checked, in float32 at least."""
+        """Return one ``(m, p)`` per parameter, checked, in float32 at least."""
         parts = [gradients] if isinstance(gradients, Tensor) else list(gradients)
         if not parts or not all(isinstance(part, Tensor) and part.is_floating_point() for part in parts):
             found = [str(part.dtype) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
@@ -124,7 +124,7 @@ class GradientConfusion(Metric):
 
 
 def _gather_rows(rows: Tensor, group: Any = None) -> list[Tensor]:
-    """The rows of every process; for one without rows torchmetrics sends 1-D, which cannot be gathered with 2-D."""
+    """Return the rows of all processes; for one without any torchmetrics sends 1-D, not to be gathered with 2-D."""
     gathered = gather_all_tensors(rows if rows.ndim == 2 else rows.new_empty(0, 0), group)
     width = max(part.shape[1] for part in gathered)
     return [part if len(part) else part.new_empty(0, width) for part in gathered]

@@ -85,12 +85,12 @@ class Run:
         return self.curves[name if name == "train_loss" else f"gradient_confusion/{name}"]
 
     def at(self, name: str, step: int) -> float:
-        """The value of a curve at the measurement nearest to a step."""
+        """Return the value of a curve at the measurement nearest to a step."""
         curve = self.curve(name)
         return curve[min(curve, key=lambda measured: abs(measured - step))]
 
     def mean(self, name: str, start: int, stop: int) -> float:
-        """The mean of a curve from step ``start`` to before step ``stop``."""
+        """Return the mean of a curve from step ``start`` to before step ``stop``."""
         values = [value for step, value in self.curve(name).items() if start <= step < stop]
         return sum(values) / len(values)
 
@@ -181,13 +181,13 @@ def cnn() -> nn.Sequential:
 
 
 def span(values: Sequence[float], digits: int = 2) -> str:
-    """The values of all seeds: their mean, or the least and the greatest where these differ when rounded."""
+    """Return the values of all seeds: their mean, or the least and the greatest where these differ when rounded."""
     low, high = (f"{round(end, digits) + 0.0:.{digits}f}" for end in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 
 
 def panels(names: Sequence[str], *, width: float = 7.5, height: float = 2.4) -> tuple[Figure, list[Any]]:
-    """A figure with one panel for each name, side by side."""
+    """Return a figure with one panel for each name, side by side."""
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     row = list(figure.subplots(1, len(names), squeeze=False).flat)
     for axes, name in zip(row, names, strict=True):

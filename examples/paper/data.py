@@ -30,7 +30,7 @@ def classes_of(name: str) -> int:
 
 
 class Data(NamedTuple):
-    """Images ``(N, channels, height, width)`` in float32, labels ``(N,)`` in int64, of training and test set."""
+    """Return images ``(N, channels, height, width)`` in float32, labels ``(N,)`` in int64, of training and test set."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -57,7 +57,7 @@ def load(name: str, folder: str | Path | None = None) -> Data:
 
 
 def _digits() -> Data:
-    """The 1797 scans of 8x8 pixels that come with scikit-learn, in the same 1500 and 297 always."""
+    """Return the 1797 scans of 8x8 pixels that come with scikit-learn, in the same 1500 and 297 always."""
     images, labels = load_digits(return_X_y=True)
     x_train, x_test, y_train, y_test = (
         torch.tensor(part)
@@ -92,7 +92,7 @@ def _mnist(folder: Path) -> Data:
 
 
 def read_idx(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The array of unsigned bytes in an IDX file, gzipped or not.
+    """Return the array of unsigned bytes in an IDX file, gzipped or not.
 
     Two zero bytes, the type of the entries (8: unsigned byte), the number of dimensions, each dimension as a big-endian
     32-bit integer, then the entries. Raises ``ValueError`` for anything else.
@@ -135,7 +135,7 @@ def _cifar(folder: Path, classes: int) -> Data:
 
 
 def read_cifar(path: Path, key: str) -> tuple[Tensor, Tensor]:
-    """Images ``(N, 3, 32, 32)`` in [0, 1] and the labels under ``key`` of a file of CIFAR's Python version.
+    """Return images ``(N, 3, 32, 32)`` in [0, 1] and the labels under ``key`` of a file of CIFAR's Python version.
 
     A pickled dictionary: ``data`` holds rows of 1024 red, 1024 green and 1024 blue pixels. Raises ``ValueError`` for
     anything else.

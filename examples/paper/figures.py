@@ -20,12 +20,12 @@ QUALITATIVE = ("#4c80b6", "#c44e52", "#55a868", "#8172b3", "#937860", "#da8bc3")
 
 
 def shades(count: int) -> list[Any]:
-    """Colours from light to dark, for something that grows."""
+    """Return colours from light to dark, for something that grows."""
     return [matplotlib.colormaps["viridis_r"](x) for x in np.linspace(0.15, 0.95, count)]
 
 
 def canvas(rows: int, columns: int) -> tuple[Figure, Any]:
-    """A figure and its axes, ``(rows, columns)``."""
+    """Return a figure and its axes, ``(rows, columns)``."""
     figure = Figure(figsize=(4.1 * columns, 3.3 * rows), dpi=110, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for each in axes.flat:
@@ -117,14 +117,14 @@ def plain_logarithm(axes: Axes) -> None:
 
 
 def sizes_on(axes: Axes, sizes: Sequence[int], name: str) -> None:
-    """A logarithmic x axis with a tick at each size."""
+    """Draw a logarithmic x axis with a tick at each size."""
     axes.set(xscale="log", xlabel=name)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.xaxis.minorticks_off()
 
 
 def label(figure: Figure, axes: Axes, title: str, columns: int = 6) -> None:
-    """One title and one legend, that of ``axes``, for the whole figure."""
+    """Write one title and one legend, that of ``axes``, for the whole figure."""
     for each in figure.axes:
         each.title.set_fontsize(10)
         each.xaxis.label.set_fontsize(9)

@@ -30,7 +30,7 @@ INITIALISATIONS = ("msra", "glorot", "orthogonal")
 
 
 def build(name: str, image: tuple[int, int, int], classes: int, channels: int = 16) -> nn.Module:
-    """The network called ``name`` for images of shape ``image`` (channels, height, width).
+    """Return the network called ``name`` for images of shape ``image`` (channels, height, width).
 
     ``channels`` is what the first convolution of a wide ResNet has; its stages have 1, 2 and 4 times ``channels`` times
     the width factor. Raises ``ValueError`` for a name that is none of the above.

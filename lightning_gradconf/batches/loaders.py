@@ -230,7 +230,7 @@ def seed_everything(seed: Sequence[int]) -> None:
 
 
 def _reads_its_dataset(loader: DataLoader[Any]) -> bool:
-    """Whether batches may come from the loader's ``dataset``: not from one that has neither items nor a stream.
+    """Return whether batches may come from the loader's ``dataset``: not from one that has neither items nor a stream.
 
     A loader of loaders, which gives a batch of each, has some object there, and attributes that say nothing.
     """

@@ -189,7 +189,7 @@ def _samples_of_lists(batch: Any) -> int | None:
 
 
 def _is_tuple_of_inputs(batch: Any) -> bool:
-    """Whether a tuple of dictionaries has one for each of several loaders: all tensors count the same samples."""
+    """Return whether a tuple of dictionaries has one for each of several inputs: all tensors count the same samples."""
     if not isinstance(batch, tuple) or not _is_list_of_mappings(batch):
         return False
     sizes = {leaf.shape[:1] for _, leaf in leaves(batch) if isinstance(leaf, Tensor)}

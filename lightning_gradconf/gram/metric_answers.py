@@ -250,4 +250,4 @@ def _method(metric: Any, name: str, real: Callable[..., Any]) -> Callable[..., A
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Stands in for ``sync``."""
+    """Stand in for ``sync``."""

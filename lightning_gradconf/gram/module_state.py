@@ -280,11 +280,11 @@ class _Memory:
                 self.remember_data(entry)
 
     def _is_read(self, value: Any) -> bool:
-        """Whether reading data may change an object; a transform of a library draws, or holds one of the user's."""
+        """Return whether reading data may change an object: transforms of a library draw, or hold the user's."""
         return isinstance(value, Dataset) or callable(value) or self._is_users(value)
 
     def _is_users(self, value: Any) -> bool:
-        """Objects of the user's own classes are followed: a meter, a state. Those of libraries are their business."""
+        """Return whether an object is followed: those of the user's own classes are, such as a meter or a state."""
         if isinstance(value, SimpleNamespace | Namespace):
             return True
         module = type(value).__module__

@@ -130,14 +130,14 @@ def take_attributes(copy: Tensor, original: Tensor) -> None:
 
 
 def as_rows(gradients: Tensor, n: int) -> Tensor:
-    """Gradients ``(n, *shape)`` as dense real rows in the precision that inner products are accumulated in."""
+    """Return gradients ``(n, *shape)`` as dense real rows in the precision that inner products are accumulated in."""
     gradients = gradients.to_dense() if gradients.is_sparse else gradients
     gradients = torch.view_as_real(gradients) if gradients.is_complex() else gradients
     return gradients.reshape(n, -1).to(accumulation_dtype(gradients))
 
 
 def empty_rows(parameter: Tensor, n: int) -> Tensor:
-    """Room for what `as_rows` makes of ``n`` gradients of a parameter."""
+    """Return room for what `as_rows` makes of ``n`` gradients of a parameter."""
     numel = parameter.numel() * (2 if parameter.is_complex() else 1)
     return torch.zeros(n, numel, dtype=accumulation_dtype(parameter), device=parameter.device)
 

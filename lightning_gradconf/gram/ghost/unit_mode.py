@@ -120,7 +120,7 @@ _RULES = {**READS, **batching_rules.RULES, **derivative_rules.RULES}
 
 
 def _any_batched(values: Any) -> bool:
-    """Whether there is a batched tensor among arguments, or in one of them: the states of an LSTM are a tuple."""
+    """Return whether an argument is or has a batched tensor: the states of an LSTM are a tuple."""
     return any(is_batched(value) or (type(value) is tuple and any(map(is_batched, value))) for value in values)
 
 
