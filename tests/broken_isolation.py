@@ -38,8 +38,9 @@ TESTS = (
 )
 SELECTION = "not (epochs or fixed or batches)"  # the other ways of taking units are enough to notice
 
-ISOLATION, RESTORING, NO_TRACE, MEASURE, STEP, MANUAL, OBJECTIVE, VMAP, UNITS, SESSION, LAYERS = (
+ISOLATION, PROCESS, RESTORING, NO_TRACE, MEASURE, STEP, MANUAL, OBJECTIVE, VMAP, UNITS, SESSION, LAYERS = (
     "gram/module_state.py",
+    "gram/process_state.py",
     "gram/restoring.py",
     "training/isolation.py",
     "training/measure.py",
@@ -53,9 +54,9 @@ ISOLATION, RESTORING, NO_TRACE, MEASURE, STEP, MANUAL, OBJECTIVE, VMAP, UNITS, S
 )
 # part: file, what the file says, what it says when broken.
 BREAKS: dict[str, tuple[str, str, str]] = {
-    "Python's random state": (ISOLATION, "[(random.setstate, random.getstate())]", "[]"),
-    "NumPy's random state": (ISOLATION, "states.append((numpy.random.set_state,", "0 and states.append((0,"),
-    "torch's random state": (ISOLATION, "states.append((torch.set_rng_state,", "0 and states.append((0,"),
+    "Python's random state": (PROCESS, "[(random.setstate, random.getstate())]", "[]"),
+    "NumPy's random state": (PROCESS, "states.append((numpy.random.set_state,", "0 and states.append((0,"),
+    "torch's random state": (PROCESS, "states.append((torch.set_rng_state,", "0 and states.append((0,"),
     "gradients": (RESTORING, "    if tensor.grad is not grad:", "    if False:"),
     "requires_grad": (RESTORING, "    if tensor.requires_grad != requires_grad:", "    if False:"),
     "tensors of the module under its own hooks": (ISOLATION, "        if tensors:", "        if False:"),
@@ -109,7 +110,7 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     "Python's logging": (NO_TRACE, "stack.enter_context(without_logging())", "pass"),
     "warnings": (NO_TRACE, "stack.enter_context(without_warnings())", "pass"),
     "what torch warns of once": (NO_TRACE, "torch.set_warn_always(True)", "pass"),
-    "filters of warnings": (ISOLATION, "        filters[:] = saved", "        pass"),
+    "filters of warnings": (PROCESS, "        filters[:] = saved", "        pass"),
     "compiled code runs eagerly": (NO_TRACE, 'torch.compiler.set_stance("force_eager")', "ExitStack()"),
     "the module's own hook": (MEASURE, 'if not is_overridden(module, "on_train_batch_start"):', "if True:"),
     "the precision plugin's context": (STEP, "trainer.precision_plugin.train_step_context()", "ExitStack()"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradconf.gram.memory_budget import megabytes
-from lightning_gradconf.gram.module_state import random_states
+from lightning_gradconf.gram.process_state import random_states
 
 log = logging.getLogger("lightning_gradconf")
 Rows = dict[str, Tensor]

@@ -8,10 +8,8 @@ generators, ``training`` flags. `untouched` puts it back after a measurement, `r
 from __future__ import annotations
 
 import random
-import re
 import sys
 import sysconfig
-import warnings
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
@@ -26,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_gradconf.gram.process_state import random_states
 from lightning_gradconf.gram.restoring import (
     is_same,
     restore_array,
@@ -123,36 +122,6 @@ def changes_in_libraries(module: nn.Module) -> Callable[[], list[str]]:
     return lambda: [
         f"{path} ({type(value).__name__})" for path, value, before in saved if not is_same(vars(value), before)
     ]
-
-
-@contextmanager
-def without_warnings(beginning: str = "") -> Iterator[None]:
-    """Ignore warnings that begin so, as if they had never come.
-
-    `warnings.catch_warnings` makes Python forget what it has shown already: the warnings of the training would be
-    shown once more after each measurement. An entry in the list of filters has no such effect.
-    """
-    filters: list[Any] = warnings.filters  # type: ignore[assignment]
-    saved = list(filters)
-    filters.insert(0, ("ignore", re.compile(beginning) if beginning else None, Warning, None, 0))
-    try:
-        yield
-    finally:
-        filters[:] = saved
-
-
-def random_states() -> list[tuple[Callable[[Any], Any], Any]]:
-    """Return the state of every global random generator, each with the function that sets it."""
-    states: list[tuple[Callable[[Any], Any], Any]] = [(random.setstate, random.getstate())]
-    if (numpy := sys.modules.get("numpy")) is not None:
-        states.append((numpy.random.set_state, numpy.random.get_state()))
-    states.append((torch.set_rng_state, torch.get_rng_state()))
-    for backend in (torch.cuda, getattr(torch, "xpu", None)):
-        if backend is not None and backend.is_available() and backend.is_initialized():
-            states.append((backend.set_rng_state_all, backend.get_rng_state_all()))
-    if torch.backends.mps.is_available():
-        states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
-    return states
 
 
 class _Memory:

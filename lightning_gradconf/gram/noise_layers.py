@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_gradconf.gram.metric_answers import metric_classes
-from lightning_gradconf.gram.module_state import random_states
+from lightning_gradconf.gram.process_state import random_states
 from lightning_gradconf.gram.restoring import restore_mapping
 from lightning_gradconf.gram.shared_draws import states_of_python
 

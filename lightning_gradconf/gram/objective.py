@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.func import functional_call
 
-from lightning_gradconf.gram.module_state import random_states
+from lightning_gradconf.gram.process_state import random_states
 
 LossFn = Callable[[Any, Any], Tensor]
 Result = TypeVar("Result")

@@ -13,9 +13,10 @@ from torch.func import grad, vmap
 from lightning_gradconf.batches.units import copy_of, stack
 from lightning_gradconf.gram import shared_draws
 from lightning_gradconf.gram.ghost import graph as graphs
-from lightning_gradconf.gram.module_state import rewinder, without_warnings
+from lightning_gradconf.gram.module_state import rewinder
 from lightning_gradconf.gram.objective import Objective, as_rows, take_attributes
 from lightning_gradconf.gram.plain_autograd import disagreement, in_words
+from lightning_gradconf.gram.process_state import without_warnings
 from lightning_gradconf.gram.replayed_draws import Recorder
 
 

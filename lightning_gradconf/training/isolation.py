@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_gradconf.gram.module_state import random_states, untouched, without_warnings
+from lightning_gradconf.gram.module_state import untouched
+from lightning_gradconf.gram.process_state import random_states, without_warnings
 from lightning_gradconf.training.compat import is_overridden, lightning_modules
 from lightning_gradconf.training.silence import silent, without_logging
 

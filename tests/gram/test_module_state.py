@@ -24,7 +24,8 @@ from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Sequentia
 import lightning_gradconf
 from lightning_gradconf import gradient_gram
 from lightning_gradconf.batches.loaders import changes
-from lightning_gradconf.gram.module_state import _is_installed, rewinder, untouched, without_warnings
+from lightning_gradconf.gram.module_state import _is_installed, rewinder, untouched
+from lightning_gradconf.gram.process_state import without_warnings
 
 
 class Trap(nn.Module):

@@ -27,8 +27,8 @@ from lightning_gradconf.gram.ghost.nodes import dtypes, variable
 from lightning_gradconf.gram.ghost.placement import Placement
 from lightning_gradconf.gram.ghost.rules import factors_of
 from lightning_gradconf.gram.ghost.verify import Proof
-from lightning_gradconf.gram.module_state import without_warnings
 from lightning_gradconf.gram.objective import accumulation_dtype, as_rows, empty_rows, upcast
+from lightning_gradconf.gram.process_state import without_warnings
 
 Receiver = Callable[[Sequence[Tensor | None]], None]
 

@@ -36,9 +36,10 @@ from lightning_gradconf.gram.ghost.unit_losses import Forward, forward
 from lightning_gradconf.gram.ghost.verify import SCALE, Proof, random_weights
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.memory_budget import megabytes
-from lightning_gradconf.gram.module_state import random_states, rewinder
+from lightning_gradconf.gram.module_state import rewinder
 from lightning_gradconf.gram.objective import Objective, accumulation_dtype, run_backward, sizes, take_attributes
 from lightning_gradconf.gram.plain_autograd import disagreement, in_words
+from lightning_gradconf.gram.process_state import random_states
 
 log = logging.getLogger("lightning_gradconf")
 Factors = dict[str, list[GradientFactors]]

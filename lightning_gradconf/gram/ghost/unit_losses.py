@@ -22,8 +22,8 @@ from lightning_gradconf.gram.ghost.custom_functions import vmappable
 from lightning_gradconf.gram.ghost.functorch import batched, check_available, is_batched
 from lightning_gradconf.gram.ghost.unit_mode import UnitMode
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
-from lightning_gradconf.gram.module_state import without_warnings
 from lightning_gradconf.gram.objective import Objective
+from lightning_gradconf.gram.process_state import without_warnings
 from lightning_gradconf.gram.replayed_draws import Recorder
 
 # What vmap says of a tensor that all units share, when one of them writes its own values into it.
