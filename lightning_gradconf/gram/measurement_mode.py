@@ -15,27 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# The position of the dropout probability among the positional arguments, and its keyword.
-_PROBABILITY: dict[Callable[..., Any], tuple[int, str]] = {
-    F.dropout: (1, "p"),
-    F.dropout1d: (1, "p"),
-    F.dropout2d: (1, "p"),
-    F.dropout3d: (1, "p"),
-    F.alpha_dropout: (1, "p"),
-    F.feature_alpha_dropout: (1, "p"),
-    torch.dropout: (1, "p"),
-    torch.dropout_: (1, "p"),
-    torch.feature_dropout: (1, "p"),
-    torch.feature_dropout_: (1, "p"),
-    torch.alpha_dropout: (1, "p"),
-    torch.alpha_dropout_: (1, "p"),
-    torch.feature_alpha_dropout: (1, "p"),
-    torch.feature_alpha_dropout_: (1, "p"),
-    torch.native_dropout: (1, "p"),
-    F.scaled_dot_product_attention: (4, "dropout_p"),
-    F.multi_head_attention_forward: (10, "dropout_p"),
-}
-_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+from lightning_gradconf.gram.dropout import without_dropout
 
 
 class MeasurementMode(TorchFunctionMode):
@@ -69,22 +49,7 @@ class MeasurementMode(TorchFunctionMode):
             return _batch_norm_of_torch(self.running_statistics, *args, **kwargs), {}
         if func is F.instance_norm:
             return _instance_norm(*args, **kwargs), {}
-        if not self.dropout:
-            if func in _PROBABILITY:
-                return _without_dropout(*_PROBABILITY[func], args, kwargs)
-            if func in _RECURRENT:
-                packed = isinstance(args[1], Tensor) and not args[1].is_floating_point()
-                return _without_dropout(6 if packed else 5, "dropout", args, kwargs)
-        return args, kwargs
-
-
-def _without_dropout(
-    position: int, keyword: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments with a probability of zero."""
-    if len(args) > position:
-        return (*args[:position], 0.0, *args[position + 1 :]), kwargs
-    return args, kwargs | {keyword: 0.0}
+        return (args, kwargs) if self.dropout else without_dropout(func, args, kwargs)
 
 
 def _batch_norm(

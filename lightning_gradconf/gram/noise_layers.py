@@ -1,6 +1,6 @@
 """Layers that add noise in training by themselves, such as stochastic depth: still while gradients are measured.
 
-PyTorch's own dropout is a function with a probability (`measurement_mode`). Stochastic depth is written anew by each
+PyTorch's own dropout is a function with a probability (`dropout`). Stochastic depth is written anew by each
 library. Such layers have in common that they hold no parameters, buffers or other modules, and draw random numbers in
 training mode alone. They are found by that, and compute as in evaluation mode, whatever they are called.
 """

@@ -1,7 +1,7 @@
 """What user code meets while all units are computed at once: vmap, with answers to what vmap cannot do.
 
 Every call of PyTorch that the user's code makes passes through `UnitMode`, which knows what torch.func has no rule for
-or is slow at (`batching_rules`), what the loss differentiates itself (`derivative_rules`), and what Python reads of
+or is slow at (`batching_rules`), what the loss differentiates itself (`autograd_calls`), and what Python reads of
 batched tensors (`value_reads`).
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lightning_gradconf.gram.ghost import batching_rules, derivative_rules
+from lightning_gradconf.gram.ghost import autograd_calls, batching_rules
 from lightning_gradconf.gram.ghost.agreement import UnitsDiffer
 from lightning_gradconf.gram.ghost.functorch import batched, behind, is_batched
 from lightning_gradconf.gram.ghost.unit_numbers import UnitNumber
@@ -80,7 +80,7 @@ class UnitMode(MeasurementMode):
                 result = rule(self, func, *args, **kwargs)
                 if result is not NotImplemented:
                     return self._noted(result)
-        elif (rule := derivative_rules.UNCONDITIONAL_RULES.get(func)) is not None:
+        elif (rule := autograd_calls.UNCONDITIONAL_RULES.get(func)) is not None:
             return rule(self, func, *args, **kwargs)
         elif func not in self._open and (body := _body_of(func)) is not None:
             self._open.add(func)  # a method may call its twin in C++, which comes by here under the same name
@@ -116,7 +116,7 @@ class UnitMode(MeasurementMode):
         return result
 
 
-_RULES = {**READS, **batching_rules.RULES, **derivative_rules.RULES}
+_RULES = {**READS, **batching_rules.RULES, **autograd_calls.RULES}
 
 
 def _any_batched(values: Any) -> bool:
