@@ -167,6 +167,31 @@ def test_engines_across_ranks_are_one_process_with_all_units(tmp_path):
             assert torch.equal(gram, other[name][0][key])
 
 
+def collectives_on_rank(rank: int, ranks: int, store: str, out: str) -> None:
+    together = join(rank, ranks, "gloo", store)
+    torch.manual_seed(0)
+    module, x = nn.Linear(3, 2).double(), torch.randn(4, 3).double()
+    x[:, 0] = torch.tensor([-1, 1, -1, 1] if rank == 0 else [1, 1, 1, 1])
+
+    def loss_fn(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        loss = module(x).square().mean()
+        if (x[:, 0] > 0).any():  # on one rank, units go two ways
+            loss = 2 * loss
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        return loss
+
+    target, units = objective(module, loss_fn), split(x, 1)
+    used = [gram_of_units(together, target, units, 1)[1] for _ in range(3)]
+    torch.save(used, f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_loss_that_talks_to_other_ranks_is_run_once_for_each_unit(tmp_path):
+    mp.spawn(collectives_on_rank, args=(2, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    assert [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)] == [["loop"] * 3] * 2
+
+
 def test_alone_nothing_is_exchanged():
     alone = Ranks(torch.device("cpu"))
     assert (alone.size, alone.rank) == (1, 0)

@@ -30,6 +30,7 @@ from lightning_gradconf.gram.metric_answers import answered
 from lightning_gradconf.gram.module_state import untouched
 from lightning_gradconf.gram.noise_layers import still
 from lightning_gradconf.gram.objective import LossFn, Objective, objective, sizes
+from lightning_gradconf.gram.ranks.collectives import without_collectives
 from lightning_gradconf.gram.ranks.data_parallel import agreed_budget, contract, gram_of_factors
 from lightning_gradconf.gram.ranks.process_group import Ranks
 
@@ -195,26 +196,31 @@ class _Call:
         if engine == "ghost":
             return self._by_factors()
         if engine == "vmap":
-            return self._by_gradients(vmap.differentiator, self.together if self.together < len(self.units) else None)
-        return self._by_gradients(loop.Differentiator, 1)
+            at_once = self.together if self.together < len(self.units) else None
+            return self._by_gradients(vmap.differentiator, self._of_units_together, at_once)
+        return self._by_gradients(loop.Differentiator, self.objective, 1)
+
+    @property
+    def _of_units_together(self) -> Objective:
+        return self.objective if self.ranks.size == 1 else without_collectives(self.objective)
 
     def _by_factors(self) -> dict[str, Tensor]:
-        how = (self.objective, self.units, self.mode, self.findings, self.budget)
+        how = (self._of_units_together, self.units, self.mode, self.findings, self.budget)
         if self.ranks.size == 1:
             return ghost.unit_grams(*how)
         factors = self.ranks.run_on_all_ranks(lambda: ghost.unit_factors(*how))
         workspace = self.findings.workspace
         return gram_of_factors(self.ranks, self.objective.parameters, factors, len(self.units), workspace)
 
-    def _by_gradients(self, differentiator: Differentiator, at_once: int | None) -> dict[str, Tensor]:
-        bytes_of_each = sizes(self.objective.parameters.values())
+    def _by_gradients(
+        self, differentiator: Differentiator, objective: Objective, at_once: int | None
+    ) -> dict[str, Tensor]:
+        bytes_of_each = sizes(objective.parameters.values())
         plan = make_plan(len(self.units), bytes_of_each, self.budget, at_once)
         if self.engine == "auto" and at_once is None and plan.chunk == 1 and plan.block < len(self.units):
             raise RuntimeError("the memory budget has no room for gradients of several units beside those held")
         with self.mode:
-            gradients = repeatable(
-                self.ranks.run_on_all_ranks(lambda: differentiator(self.objective)), self.units, plan
-            )
+            gradients = repeatable(self.ranks.run_on_all_ranks(lambda: differentiator(objective)), self.units, plan)
             compute = lambda i, j: self.ranks.run_on_all_ranks(lambda: gradients(i, j))  # noqa: E731
             return contract(self.ranks, len(self.units), compute, plan, sum(bytes_of_each), self.progress)
 

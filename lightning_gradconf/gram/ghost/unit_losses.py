@@ -19,13 +19,14 @@ from torch.func import vmap
 from lightning_gradconf.batches.units import stack
 from lightning_gradconf.gram.ghost.batch_reads import part_of_units
 from lightning_gradconf.gram.ghost.custom_functions import vmappable
-from lightning_gradconf.gram.ghost.functorch import batched, check_available, is_batched
-from lightning_gradconf.gram.ghost.unit_mode import UnitMode
+from lightning_gradconf.gram.ghost.functorch import batched, check_available
+from lightning_gradconf.gram.ghost.unit_mode import Line, UnitMode, memory_of
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.objective import Objective
 from lightning_gradconf.gram.process_state import without_warnings
 from lightning_gradconf.gram.replayed_draws import Recorder
 
+Tensors = Mapping[str, Tensor]
 # What vmap says of a tensor that all units share, when one of them writes its own values into it.
 _WRITES = ("more elements than `self`", "inplace", "in-place", "match the broadcast shape")
 
@@ -52,34 +53,35 @@ class SharedWrites:
     """Which tensors that units share the user's code writes to, so that each unit needs its own.
 
     Attributes:
-        factories: Those that it makes with ``torch.zeros`` and the like.
+        made_at: Lines of code that make such tensors, with ``torch.zeros`` and the like.
         constants: Names of buffers, and of parameters that are frozen.
     """
 
-    factories: bool = False
+    made_at: set[Line] = field(default_factory=set)
     constants: set[str] = field(default_factory=set)
 
-    def widen(self, written: Tensor | None, constants: Mapping[str, Tensor]) -> bool:
-        """Take more tensors to be written to; False if there are no others.
+    def widen(self, written: Tensor | None, made: Sequence[tuple[Line, int | None]], constants: Tensors) -> bool:
+        """Take more tensors to be written to: the one that was, or else all; False if there are no others.
 
         Args:
             written: What a call has failed to write to, None if that is not known.
+            made: Where the code has made tensors, and where these lie in memory.
             constants: All that there are, by name.
         """
-        found = {name for name, tensor in constants.items() if written is not None and _share(tensor, written)}
-        if not found and not self.factories:
-            self.factories = True
-            return True
-        more = (found or {*constants}) - self.constants
-        self.constants |= more
-        return bool(more)
-
-
-def _share(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors lie in the same memory."""
-    if is_batched(a) or is_batched(b) or a.layout is not b.layout or a.layout is not torch.strided:
+        memory = None if written is None else memory_of(written)
+        named = {name for name, tensor in constants.items() if memory is not None and memory_of(tensor) == memory}
+        lines = {line for line, place in made if memory is not None and place == memory}
+        wider: list[tuple[set[Any], set[Any]]] = [
+            (self.constants, named),
+            (self.made_at, lines),
+            (self.made_at, {line for line, _ in made}),
+            (self.constants, {*constants}),
+        ]
+        for known, more in wider:
+            if more - known:
+                known.update(more)
+                return True
         return False
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def forward(
@@ -121,9 +123,7 @@ def _forward(
 ) -> Forward | None:
     """Return the same; None if a unit needs more for itself, which is in ``writes`` now."""
     n = len(units)
-    unit_mode = UnitMode(
-        n, batched_factories=writes.factories, running_statistics=mode.running_statistics, dropout=mode.dropout
-    )
+    unit_mode = UnitMode(n, own_at=writes.made_at, running_statistics=mode.running_statistics, dropout=mode.dropout)
     with torch._C.DisableTorchFunction():
         tensors, rebuild = stack(units, lambda parts, path: part_of_units(parts, path, unit_mode))
 
@@ -146,7 +146,8 @@ def _forward(
             losses = vmap(loss, randomness="different")(*tensors)
     except RuntimeError as error:
         with torch._C.DisableTorchFunction():
-            if not any(words in str(error) for words in _WRITES) or not writes.widen(unit_mode.failed, constants):
+            is_write = any(words in str(error) for words in _WRITES)
+            if not is_write or not writes.widen(unit_mode.failed, unit_mode.made, constants):
                 raise
         return None
     finally:

@@ -7,8 +7,9 @@ batched tensors (`value_reads`).
 
 from __future__ import annotations
 
+import sys
 import types
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -24,6 +25,8 @@ from lightning_gradconf.gram.ghost.unit_numbers import UnitNumber
 from lightning_gradconf.gram.ghost.value_reads import READS
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 
+Line = tuple[str, int]  # file and number
+_PACKAGES = ("torch", __name__.partition(".")[0])
 _FACTORIES = {
     torch.zeros, torch.ones, torch.empty, torch.full, torch.eye, torch.arange, torch.linspace,
     torch.clone, Tensor.clone, torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like,
@@ -36,8 +39,8 @@ class UnitMode(MeasurementMode):
 
     Args:
         n: How many units.
-        batched_factories: Let ``torch.zeros`` and the like give each unit a tensor of its own, for code that writes the
-            values of units into it.
+        own_at: Lines of code where ``torch.zeros`` and the like give each unit a tensor of its own, as the values of
+            units are written into it. Elsewhere they do not: what is kept in a cache is an ordinary tensor.
         running_statistics: As in `MeasurementMode`.
         dropout: As in `MeasurementMode`.
 
@@ -46,16 +49,18 @@ class UnitMode(MeasurementMode):
         differ: The first value that Python read and that is not the same for all units; None if there was none.
         failed: What the first call that failed was to act on; None if there was none.
         nodes: Nodes of the graph that are known to have a batched result (True) or one without units (False).
+        made: The lines where tensors that units share were made so, and where these lie in memory.
     """
 
-    def __init__(self, n: int, *, batched_factories: bool, running_statistics: bool, dropout: bool) -> None:
+    def __init__(self, n: int, *, own_at: Collection[Line], running_statistics: bool, dropout: bool) -> None:
         super().__init__(running_statistics=running_statistics, dropout=dropout)
         self.n = n
         self.reads: list[Hashable] = []
         self.differ: UnitsDiffer | None = None
         self.failed: Tensor | None = None
         self.nodes: dict[Node, bool] = {}
-        self._batched_factories = batched_factories
+        self.made: list[tuple[Line, int | None]] = []
+        self._own_at = own_at
         self._open: set[Callable[..., Any]] = set()
 
     def __torch_function__(
@@ -90,8 +95,10 @@ class UnitMode(MeasurementMode):
             finally:
                 self._open.discard(func)
         result = func(*args, **kwargs)
-        if self._batched_factories and func in _FACTORIES and not is_batched(result):
-            return batched(result.expand(self.n, *result.shape).clone())
+        if func in _FACTORIES and not is_batched(result):
+            if (line := _line_of_user()) in self._own_at:
+                return batched(result.expand(self.n, *result.shape).clone())
+            self.made.append((line, memory_of(result)))
         return self._noted(result)
 
     def fold(self, function: Callable[..., Any], *tensors: Any) -> Any:
@@ -122,6 +129,21 @@ _RULES = {**READS, **batching_rules.RULES, **autograd_calls.RULES}
 def _any_batched(values: Any) -> bool:
     """Return whether an argument is or has a batched tensor: the states of an LSTM are a tuple."""
     return any(is_batched(value) or (type(value) is tuple and any(map(is_batched, value))) for value in values)
+
+
+def memory_of(tensor: Tensor) -> int | None:
+    """Return where the values of a tensor that units share begin in memory, None if that cannot be told."""
+    if is_batched(tensor) or tensor.layout is not torch.strided:
+        return None
+    return tensor.untyped_storage().data_ptr()
+
+
+def _line_of_user() -> Line:
+    """Return the line that runs now of the innermost code that is neither PyTorch's nor ours."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PACKAGES:
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
 
 
 @lru_cache(maxsize=1024)

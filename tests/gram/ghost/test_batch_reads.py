@@ -13,7 +13,7 @@ from lightning_gradconf.gram.ghost.unit_mode import UnitMode
 
 @pytest.fixture
 def mode():
-    return UnitMode(3, batched_factories=False, running_statistics=False, dropout=False)
+    return UnitMode(3, own_at=(), running_statistics=False, dropout=False)
 
 
 def test_a_part_that_all_units_have_is_that_part(mode):

@@ -6,6 +6,7 @@ import gc
 import logging
 import random
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -205,6 +206,32 @@ def test_units_that_all_go_different_ways_are_left_to_the_loop(caplog):
     with caplog.at_level(logging.INFO, "lightning_gradconf"):
         assert used(model, loss, x) == "loop"
     assert "more than 4 different ways" in caplog.text
+
+
+def test_a_cache_outside_of_the_module_holds_no_tensor_of_vmap():
+    @cache
+    def causal(length: int) -> Tensor:
+        mask = torch.zeros(length, length)
+        mask[torch.ones(length, length).triu(1).bool()] = -torch.inf
+        return mask
+
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        tokens, length = batch[0], int(batch[1].max())
+        shifted = torch.zeros(len(tokens), length, dtype=torch.long)
+        shifted[:, 1:] = tokens[:, : length - 1]  # units are written here, and never into the mask
+        h = module.embedding(shifted)
+        h = (h @ h.transpose(1, 2) + causal(length)).softmax(-1) @ h
+        return F.cross_entropy(module.head(h).transpose(1, 2), tokens[:, :length])
+
+    torch.manual_seed(0)
+    module = nn.ModuleDict({"embedding": nn.Embedding(9, 4), "head": nn.Linear(4, 9)})
+    tokens, lengths = torch.randint(0, 9, (6, 6)), torch.tensor([6, 6, 5, 5, 4, 4])
+    for _ in range(2):  # the lengths of a measurement are the values that Python reads
+        assert used(module, loss, (tokens, lengths)) == "ghost"
+        for i in (0, 2, 4):
+            loss(module, (tokens[i : i + 2], lengths[i : i + 2])).backward()
+        lengths = lengths - 1
+    assert error(measure(module, loss, (tokens, lengths)), measure(module, loss, (tokens, lengths), "loop")) < 1e-5
 
 
 def test_units_of_two_shapes_share_two_passes():
