@@ -3,6 +3,9 @@
 A manually optimised step computes a loss, takes a backward pass and an optimizer step, and perhaps does so again for
 another optimizer. While measuring, backward passes and all that optimizers and schedulers do are left out, so that the
 step can be run as often as it takes, and every loss is computed at the weights before the step.
+
+A step that reads gradients after its backward pass finds none then, and may raise. The losses it has named by then do
+not depend on them, and are measured. No gradients are made up, such as zeros: later losses would be wrong numbers.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.overrides import TorchFunctionMode
 
 from lightning_gradconf.gram.restoring import restore_mapping
+from lightning_gradconf.gram.select import in_words
 from lightning_gradconf.training.compat import lightning_modules
 
 if TYPE_CHECKING:
@@ -46,7 +50,12 @@ class ManualLoss:
 
 
 class ManualOptimization:
-    """Runs manually optimised steps for their losses alone."""
+    """Runs manually optimised steps for their losses alone.
+
+    Attributes:
+        stopped: The error, in words, that ended the last step that was run for all its losses, after it had named at
+            least one; empty if it came to its end.
+    """
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer, self._module = trainer, module
@@ -54,6 +63,7 @@ class ManualOptimization:
         both = (wrapped if isinstance(wrapped, list) else [wrapped], trainer.optimizers)
         self._optimizers = [(i, optimizer) for part in both for i, optimizer in enumerate(part)]
         self._schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        self.stopped = ""
         self._run = _Run()
         self._seen: dict[int, set[int]] = {}
 
@@ -89,12 +99,21 @@ class ManualOptimization:
             yield
 
     def losses(self, step: Callable[[], Any]) -> tuple[list[ManualLoss], list[Tensor]]:
-        """Run a step to its end, and return which losses it has, and the losses.
+        """Run a step to its end, or until it raises after a loss, and return which losses it has, and the losses.
 
         A loss that no optimizer step follows, as while gradients accumulate, is for those that followed it before, or
         for the optimizer of its number if there are as many of both.
+
+        Raises:
+            Exception: What the step raised before its first loss.
         """
-        run = self._running(_Run(), step)
+        run, self.stopped = _Run(), ""
+        try:
+            self._running(run, step)
+        except Exception as error:
+            if not run.losses:
+                raise
+            self.stopped = in_words(error)
         number = len(self._trainer.optimizers)
         sets = []
         for call, found in enumerate(run.optimizers):
@@ -114,7 +133,13 @@ class ManualOptimization:
         return trained & every or every
 
     def loss(self, step: Callable[[], Any], call: int) -> Tensor | None:
-        """Run a step up to a backward pass, and return the loss that it is taken for; None if it has fewer."""
+        """Run a step up to a backward pass, and return the loss that it is taken for; None if it has fewer.
+
+        A step that raises before that is not one that has fewer losses: its gradient is not zero but unknown.
+
+        Raises:
+            Exception: What the step raised before that loss.
+        """
         run = self._running(_Run(last=call), step)
         return run.losses[call] if len(run.losses) > call else None
 

@@ -21,8 +21,9 @@ from lightning_gradconf.reports.report import Measurement
 from lightning_gradconf.training.compat import is_overridden
 from lightning_gradconf.training.feed import feed_of
 from lightning_gradconf.training.isolation import digests
+from lightning_gradconf.training.manual_optimization import ManualOptimization
 from lightning_gradconf.training.progress import shown
-from lightning_gradconf.training.training_step import StepLoss, objectives
+from lightning_gradconf.training.training_step import StepLoss, StepObjective, objectives
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule
@@ -127,8 +128,8 @@ def _measurements(
     about = _about(session, units)
     mode = MeasurementMode(running_statistics=unit_size == 1, dropout=callback.dropout)
     parts = ranks.run_on_all_ranks(lambda: objectives(session.loss, module, callback.parameters, units[0].batch, mode))
-    if session.loss.manual is not None:  # the losses that all ranks have
-        parts = parts[: ranks.minimum(len(parts))]
+    if session.loss.manual is not None:
+        parts = _agreed(ranks, session.loss.manual, parts)
     # A unit that spans the ranks has such a part on each of them.
     whole_size = unit_size * ranks.size if session.sharded and unit_size is not None else unit_size
     found = []
@@ -137,6 +138,22 @@ def _measurements(
         if not ranks.minimum(part.loss.skipped):
             found.append(Measurement(grams, whole_size, step, engine=engine, name=part.name, **about))
     return found
+
+
+def _agreed(ranks: Ranks, manual: ManualOptimization, parts: list[StepObjective]) -> list[StepObjective]:
+    """Return the losses that all ranks have, by the first rank's names, and let all know of a step that stopped on one.
+
+    Raises:
+        RuntimeError: They are for other parameters on another rank, as where only one came to an optimizer step.
+    """
+    parts = parts[: ranks.minimum(len(parts))]
+    names, parameters = [part.name for part in parts], [list(part.target.parameters) for part in parts]
+    found = ranks.gather([(manual.stopped, names, parameters)])
+    manual.stopped = next((stopped for stopped, *_ in found if stopped), "")
+    _, names, of_first = found[0]
+    if any(of_other != of_first for *_, of_other in found):
+        raise RuntimeError("the losses of training_step are for other parameters on another rank")
+    return [part._replace(name=name) for part, name in zip(parts, names, strict=True)]
 
 
 def _about(session: Session, units: Sequence[Unit]) -> dict[str, Any]:

@@ -179,6 +179,7 @@ class Session:
         measurements = [replace(measurement, seconds=self.overhead.elapsed()) for measurement in measurements]
         if self.source.remark is not None:
             self.warn_once(self.source.remark)
+        self._say_if_step_stopped()
         self.schedule.done(step)
         self._failures = 0
         self._fix_units(len(measurements[0].gram) // (1 if self.sharded else self.ranks.size))
@@ -264,6 +265,19 @@ class Session:
                 "this run compares, so its curves pause",
                 f" since step {self.schedule.last_step}. Pass num_units= that the smallest batch can give, or "
                 "source='fresh'.",
+            )
+
+    def _say_if_step_stopped(self) -> None:
+        """Say once that losses may be missing, as a manually optimised step raised where gradients were missing."""
+        stopped = self.loss.manual.stopped if self.loss.manual is not None else ""
+        if stopped and "stopped" not in self._said:
+            self._said.add("stopped")
+            inform(
+                self.trainer,
+                f"while measuring, no backward pass takes place, and training_step raises after it: {stopped}. The "
+                "losses that it has passed to manual_backward, or called backward() on, by then are measured; what "
+                "comes after that point of the step is not. The run is as without it. Pass loss_fn= to measure "
+                "another loss.",
             )
 
     @contextmanager
