@@ -55,6 +55,7 @@ class ManualOptimization:
     Attributes:
         stopped: The error, in words, that ended the last step that was run for all its losses, after it had named at
             least one; empty if it came to its end.
+        without_losses: Whether that step came to its end and had none.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
@@ -63,7 +64,7 @@ class ManualOptimization:
         both = (wrapped if isinstance(wrapped, list) else [wrapped], trainer.optimizers)
         self._optimizers = [(i, optimizer) for part in both for i, optimizer in enumerate(part)]
         self._schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        self.stopped = ""
+        self.stopped, self.without_losses = "", False
         self._run = _Run()
         self._seen: dict[int, set[int]] = {}
 
@@ -114,6 +115,7 @@ class ManualOptimization:
             if not run.losses:
                 raise
             self.stopped = in_words(error)
+        self.without_losses = not run.losses
         number = len(self._trainer.optimizers)
         sets = []
         for call, found in enumerate(run.optimizers):

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _MAX_FAILURES = 3
 # So many due steps in a row without enough samples are no longer one short batch at the end of an epoch.
 _MISSED = 2
+_LOSS_FN = "loss_fn=lambda module, batch: F.cross_entropy(module(batch[0]), batch[1])"
 
 
 class Session:
@@ -252,10 +253,13 @@ class Session:
         """Report the run as a whole, or say that nothing was ever measured, and leave the process group."""
         conclude(self)
         if self.active and self.n is None and not self._said:
-            self.warn_once(
-                f"no measurement took place: {self.source.seen} units of unit_size={self.callback.unit_size!r} were "
-                "seen, too few. Lower num_units or unit_size, or train longer."
-            )
+            if self.loss.manual is not None and self.loss.manual.without_losses:
+                why = "training_step called neither manual_backward nor backward(), so that there is no loss to "
+                why += f"measure. Pass the loss, such as {_LOSS_FN}."
+            else:
+                why = f"{self.source.seen} units of unit_size={self.callback.unit_size!r} were seen, too few. Lower "
+                why += "num_units or unit_size, or train longer."
+            self.warn_once(f"no measurement took place: {why}")
         self.ranks.leave()
 
     def _say_if_batches_became_smaller(self) -> None:

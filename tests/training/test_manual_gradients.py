@@ -175,6 +175,36 @@ def test_an_error_before_the_first_loss_is_a_failed_measurement(said: list[str])
     assert confusion.last_gram is None and said == []
 
 
+class TakesGradients(OneOptimizer):
+    """Sets gradients by hand, and takes no backward pass."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        parameters = list(self.parameters())
+        for p, gradient in zip(parameters, torch.autograd.grad(self.generator_loss(batch), parameters), strict=True):
+            p.grad = gradient
+        self.optimizers().step()
+
+
+def test_a_run_without_a_backward_pass_says_so_at_its_end() -> None:
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="no measurement took place") as caught:
+        confusion, _, _ = fit(TakesGradients(), steps=3)
+    assert [str(w.message) for w in caught if "GradientConfusionCallback" in str(w.message)] == [
+        "GradientConfusionCallback: no measurement took place: training_step called neither manual_backward nor "
+        "backward(), so that there is no loss to measure. Pass the loss, such as "
+        "loss_fn=lambda module, batch: F.cross_entropy(module(batch[0]), batch[1])."
+    ]
+    assert confusion.last_gram is None
+
+
+def test_the_same_run_is_measured_with_its_loss() -> None:
+    torch.manual_seed(0)
+    _, rows, copies = fit(TakesGradients(), steps=1, loss_fn=lambda module, batch: module.generator_loss(batch))
+    ((twin, batch),) = copies.seen
+    expected = lowest_cosine(twin.generator_loss, list(twin.parameters()), batch)
+    assert logged(rows, "gradient_confusion/min_cosine") == pytest.approx([expected])
+
+
 class Clips(Module):
     """With noise and state: reads gradients after the first of two losses, and counts on both sides of it."""
 
