@@ -312,10 +312,11 @@ class Session:
         self._failures += 1
         self.schedule.owed = False
         self.active = self._failures < _MAX_FAILURES
-        remedy = self._advice or (
-            f"After {_MAX_FAILURES} failures in a row it stops trying; to see the whole error, run gradient_gram on "
-            "this module and a batch."
-        )
+        if self.loss.manual is None:
+            remedy = "; to see the whole error, run gradient_gram on this module and a batch."
+        else:  # gradient_gram takes a loss, which such a step does not return
+            remedy = f". With manual optimization it helps to pass the loss, such as {_LOSS_FN}."
+        remedy = self._advice or f"After {_MAX_FAILURES} failures in a row it stops trying{remedy}"
         self._warn_of_error("a measurement failed", error, remedy)
 
     def switch_off(self, reason: str) -> None:

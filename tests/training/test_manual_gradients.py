@@ -170,9 +170,26 @@ class ReadsTooEarly(OneOptimizer):
 
 def test_an_error_before_the_first_loss_is_a_failed_measurement(said: list[str]) -> None:
     torch.manual_seed(0)
-    with pytest.warns(UserWarning, match=r"a measurement failed .*ArithmeticError: no single samples\."):
-        confusion, _, _ = fit(ReadsTooEarly(), steps=1)
+    with pytest.warns(UserWarning, match="a measurement failed") as caught:
+        confusion, _, _ = fit(ReadsTooEarly(), steps=2)
+    assert [str(w.message) for w in caught if "GradientConfusionCallback" in str(w.message)] == [
+        "GradientConfusionCallback: a measurement failed and training goes on as without it. ArithmeticError: no "
+        "single samples. After 3 failures in a row it stops trying. With manual optimization it helps to pass the "
+        "loss, such as loss_fn=lambda module, batch: F.cross_entropy(module(batch[0]), batch[1])."
+    ]
     assert confusion.last_gram is None and said == []
+
+
+def test_with_a_loss_fn_a_failure_points_to_gradient_gram() -> None:
+    def loss_fn(module: Any, batch: Any) -> Any:
+        raise ArithmeticError("in the loss_fn")
+
+    torch.manual_seed(0)
+    message = (
+        r"in the loss_fn\. After 3 failures in a row it stops trying; to see the whole error, run gradient_gram on"
+    )
+    with pytest.warns(UserWarning, match=message):
+        fit(ReadsTooEarly(), steps=1, loss_fn=loss_fn)
 
 
 class TakesGradients(OneOptimizer):
