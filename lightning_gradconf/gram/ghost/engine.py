@@ -45,6 +45,7 @@ log = logging.getLogger("lightning_gradconf")
 Factors = dict[str, list[GradientFactors]]
 _MOST_GROUPS = 4  # more passes of fewer units are slower than the loop
 
+_COARSE = 1e-4  # of half precision the rounding is larger, and of others smaller
 _ATTEMPTS = 4  # at finding where the units lie
 _REMEMBERED = 256  # graphs, and shapes of units
 
@@ -240,6 +241,9 @@ class _Measurement:
             raise NotImplementedError(f"torch {torch.__version__} has other names for what runs around a checkpoint")
         if places.free:
             graph = self._read(forward, places.free)
+        coarse = torch.finfo(graphs.coarsest(graph.order)).eps > _COARSE
+        if coarse:  # a sum of gradients that are alike says little of where the units lie, and entries of deltas much
+            search(forward.losses, graph, random_weights(forward.losses, self.findings.measurements), (), places)
         found, proof, failed = self._tried(forward, graph, places, keep_graph=False)
         if failed or found.missing:  # hardly ever, so the graph was not kept for it
             forward = self.forward(records=True)
@@ -267,7 +271,7 @@ class _Measurement:
         """Return what a pass with units in these places brings, its proof, and the parameters that failed it."""
         losses = forward.losses
         weights = random_weights(losses, self.findings.measurements)
-        precision = max(graphs.precisions(graph.order), key=lambda kind: torch.finfo(kind).eps)
+        precision = graphs.coarsest(graph.order)
         wanted = _gradients(losses, graph, weights)
         proof = Proof(weights, wanted, self.compared, precision)
         found = self._accumulator(graph, places, proof)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -157,10 +157,20 @@ def leaves(root: Node | None) -> list[Tensor]:
     return [leaf for node in nodes(root) if (leaf := variable(node)) is not None]
 
 
-def precisions(nodes: Iterable[Node]) -> set[torch.dtype]:
-    """Return the floating-point types of the results of nodes."""
-    kinds = {kind for node in nodes if variable(node) is None for kind in dtypes(node)}
+def precisions(nodes: Sequence[Node]) -> set[torch.dtype]:
+    """Return the floating-point types of the results of nodes, operands first, that others use; and of the last node.
+
+    Results that were never computed have a type too, which says nothing.
+    """
+    edges = {edge for node in nodes for edge in node.next_functions}
+    used = {dtypes(node)[number] for node, number in edges if node is not None and variable(node) is None}
+    kinds = used | {kind for node in nodes[-1:] if variable(node) is None for kind in dtypes(node)}
     return {kind for kind in kinds if kind.is_floating_point}
+
+
+def coarsest(nodes: Sequence[Node]) -> torch.dtype:
+    """Return the least precise of the `precisions`."""
+    return max(precisions(nodes), key=lambda kind: torch.finfo(kind).eps)
 
 
 def nodes(root: Node | None) -> list[Node]:
