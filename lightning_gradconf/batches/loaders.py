@@ -28,7 +28,7 @@ from lightning_gradconf.batches.samples import WHOLE
 from lightning_gradconf.batches.structure import children, deep_copy_of, rebuild
 from lightning_gradconf.batches.units import num_samples
 
-# Of a sampler that does not say how long it is, over data that do not either, no more is taken than this.
+# Of a sampler that does not say how long it is, over data that do not either, no more indices are taken than this.
 _ENDLESS: Final = 10_000
 
 
@@ -127,9 +127,8 @@ def samples_at(loader: Any, batch_idx: int) -> int | None:
     size, groups = batch_size(loader), _groups(loader)
     if size is None or type(groups) is not BatchSampler:
         return size
-    try:
-        batches, samples = len(groups), len(groups.sampler)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):  # of a stream
+    batches, samples = _length(groups), _length(groups.sampler)
+    if batches is None or samples is None:  # of a stream
         return size
     return min(size, samples - size * (batch_idx % batches)) if batches else size
 
@@ -163,8 +162,9 @@ def example_indices(loader: Any) -> list[Any]:
         raise ValueError("the loader has no dataset whose items can be read")
     flat = _flat(loader)
     if flat is None:
-        found = _batches(loader, None)
-        flat = next((group for group in found if len(group) > 2), [i for group in found for i in group])
+        flat = next((group for group in _batches(loader) if len(group) > 2), None)
+    if flat is None:
+        flat = [i for group in _batches(loader) for i in group]
     if len(flat) < 3:
         raise ValueError("the dataset is too small to tell where samples lie")
     return [flat[0], flat[len(flat) // 2], flat[-1]]
@@ -184,7 +184,7 @@ def draw_indices(loader: Any, size: int | None, num: int, population: Sequence[A
     """
     flat = _flat(loader) if population is None else population
     if flat is None:
-        found = _batches(loader, size)
+        found = list(_groups_of(loader, size))
         return random.sample(found, min(num, len(found)))
     size = size or batch_size(loader) or 1
     num = min(num, len(flat) // size)
@@ -196,7 +196,7 @@ def first_indices(loader: Any, size: int | None, num: int) -> list[list[Any]]:
     """Return up to ``num`` groups of indices in the order of the loader; the arguments are those of `draw_indices`."""
     flat = _flat(loader)
     if flat is None:
-        return _batches(loader, size)[:num]
+        return list(islice(_groups_of(loader, size), num))
     size = size or batch_size(loader) or 1
     return [list(flat[i * size : (i + 1) * size]) for i in range(min(num, len(flat) // size))]
 
@@ -256,25 +256,46 @@ def _flat(loader: Any) -> Sequence[Any] | None:
     return list(islice(sampler, _most(sampler, loader)))
 
 
-def _batches(loader: Any, size: int | None) -> list[list[Any]]:
-    """Return the indices of each batch, in groups of ``size``; whole, but for a short last one, if that is None."""
+def _groups_of(loader: Any, size: int | None) -> Iterator[list[Any]]:
+    """Yield the indices of each batch, in groups of ``size``; whole, but for a short last one, if that is None."""
+    if size is not None:
+        for batch in _batches(loader):
+            yield from (batch[i : i + size] for i in range(0, len(batch) - size + 1, size))
+        return
+    shortest, last = 0, None
+    for batch in _batches(loader):
+        if last is not None:
+            yield last
+            shortest = min(shortest or len(last), len(last))
+        last = batch
+    if last is not None and len(last) >= shortest:
+        yield last
+
+
+def _batches(loader: Any) -> Iterator[list[Any]]:
+    """Yield the indices of each batch; of a batch sampler without an end, as many as the dataset has samples for."""
     groups = _groups(loader)
-    found = [list(group) for group in islice(groups, _most(groups, loader))]
-    if size is None:
-        short = len(found) > 1 and len(found[-1]) < min(map(len, found[:-1]))
-        return found[:-1] if short else found
-    return [group[i : i + size] for group in found for i in range(0, len(group) - size + 1, size)]
+    endless, left = _length(groups) is None, _length(loader.dataset) or _ENDLESS
+    for count, group in enumerate(islice(groups, _most(groups, loader))):
+        batch = list(group)
+        left -= len(batch)
+        if endless and count > 0 and left < 0:
+            return
+        yield batch
 
 
 def _most(sampler: Any, loader: Any) -> int:
     """Return how much to take of a sampler, which may be endless."""
-    sizes = []
-    for owner in (sampler, loader.dataset):
-        try:
-            sizes.append(len(owner))
-        except (TypeError, NotImplementedError):
-            continue
-    return min(sizes) if sizes else _ENDLESS
+    known = [length for owner in (sampler, loader.dataset) if (length := _length(owner)) is not None]
+    return min(known, default=_ENDLESS)
+
+
+def _length(owner: Any) -> int | None:
+    """Return how long a sampler or a dataset is, None if it does not say."""
+    try:
+        return len(owner)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _dataset_collates(loader: Any) -> bool:
