@@ -14,9 +14,8 @@ from lightning_gradconf.batches.loaders import (
     batch_size,
     collate,
     combined,
-    example_indices,
+    examples,
     loaders_in,
-    read_items,
     samples_at,
     seed_everything,
     shares,
@@ -116,7 +115,7 @@ def learn_places(loaders: Any, prepare: Callable[[Any], Any]) -> SamplePlaces | 
     """
     flat = list(loaders_in(loaders).values())
     try:
-        items = [read_items(loader, example_indices(loader)) for loader in flat]
+        items = [examples(loader) for loader in flat]
 
         def collated(some: Sequence[int], seed: int) -> Any:
             seed_everything([seed])

@@ -30,6 +30,8 @@ from lightning_gradconf.batches.units import num_samples
 
 # Of a sampler that does not say how long it is, over data that do not either, no more indices are taken than this.
 _ENDLESS: Final = 10_000
+# So many more items, or groups of them, are looked at in the place of items that are missing.
+MORE: Final = 100
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,10 @@ def shares(loaders: Mapping[str, Any], unit_size: int, counts: Mapping[str, int]
     return {path: max(1, round(unit_size * size / least)) for path, size in sizes.items()}
 
 
-def example_indices(loader: Any) -> list[Any]:
-    """Return three indices that tell where samples lie, of one batch if a sampler of the user's puts it together.
+def examples(loader: Any) -> list[Any]:
+    """Return three items that tell where samples lie, of one batch if a sampler of the user's puts it together.
+
+    An item that is None is one that the dataset could not read, and another one is taken, if there is one.
 
     Raises:
         ValueError: The items of the loader cannot be read, or there are fewer than three.
@@ -167,14 +171,23 @@ def example_indices(loader: Any) -> list[Any]:
         flat = [i for group in _batches(loader) for i in group]
     if len(flat) < 3:
         raise ValueError("the dataset is too small to tell where samples lie")
-    return [flat[0], flat[len(flat) // 2], flat[-1]]
+    positions = [0, len(flat) // 2, len(flat) - 1]
+    found = read_items(loader, [flat[i] for i in positions])
+    intact = [item for item in found if item is not None]
+    others = (i for i in range(min(len(flat), MORE)) if i not in positions)
+    while len(intact) < 3 and (i := next(others, None)) is not None:
+        intact += [item for item in read_items(loader, [flat[i]]) if item is not None]
+    return intact if len(intact) == 3 else found
 
 
-def draw_indices(loader: Any, size: int | None, num: int, population: Sequence[Any] | None = None) -> list[list[Any]]:
-    """Return up to ``num`` groups of indices drawn without replacement, from those that the loader's sampler takes.
+def draw_indices(
+    loader: Any, size: int | None, num: int, population: Sequence[Any] | None = None
+) -> Iterator[list[Any]]:
+    """Yield ``num`` groups of indices drawn without replacement, from those that the loader's sampler takes.
 
-    A batch sampler of the user's own may keep samples together for a reason, such as their length: then the indices of
-    a group are of one of its batches.
+    After them come some more, in the place of groups whose items turn out to be missing. A batch sampler of the user's
+    own may keep samples together for a reason, such as their length: then the indices of a group are of one of its
+    batches.
 
     Args:
         loader: A loader of which `has_items` is true.
@@ -185,11 +198,12 @@ def draw_indices(loader: Any, size: int | None, num: int, population: Sequence[A
     flat = _flat(loader) if population is None else population
     if flat is None:
         found = list(_groups_of(loader, size))
-        return random.sample(found, min(num, len(found)))
+        yield from (found[i] for i in _positions(len(found), num))
+        return
     size = size or batch_size(loader) or 1
-    num = min(num, len(flat) // size)
-    indices = random.sample(flat, num * size)
-    return [indices[i * size : (i + 1) * size] for i in range(num)]
+    positions = _positions(len(flat), min(num, len(flat) // size) * size, size)
+    while len(group := list(islice(positions, size))) == size:
+        yield [flat[i] for i in group]
 
 
 def first_indices(loader: Any, size: int | None, num: int) -> list[list[Any]]:
@@ -254,6 +268,15 @@ def _flat(loader: Any) -> Sequence[Any] | None:
     if type(sampler) in (RandomSampler, SequentialSampler):
         return range(len(sampler.data_source))
     return list(islice(sampler, _most(sampler, loader)))
+
+
+def _positions(length: int, num: int, size: int = 1) -> Iterator[int]:
+    """Yield up to ``num`` positions in a sequence, drawn without replacement, and then more: of `MORE` groups."""
+    first = random.sample(range(length), min(num, length))
+    yield from first
+    taken = set(first)
+    more = random.sample(range(length), min(length, len(first) + MORE * size))
+    yield from (i for i in more if i not in taken)
 
 
 def _groups_of(loader: Any, size: int | None) -> Iterator[list[Any]]:
