@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
+from lightning_gradconf.batches.iterators import iterator_in
 from lightning_gradconf.batches.loaders import (
     MORE,
     Feed,
@@ -43,7 +44,7 @@ def draw(
         indices: Those of an earlier draw from the only loader, for each unit; None draws them.
 
     Raises:
-        ValueError: A loader has no dataset that can be indexed.
+        ValueError: A loader has no dataset that can be indexed, or keeps an iterator that this would advance.
     """
     seed_everything(seed)
     loaders = loaders_in(feed.loaders)
@@ -54,6 +55,11 @@ def draw(
                 f"{type(loader).__name__} over {type(getattr(loader, 'dataset', None)).__name__}; use "
                 "source='current', or pass a DataLoader as source"
             )
+    if (found := iterator_in(feed.loaders)) is not None:
+        raise ValueError(
+            f"{found}; source='fresh' and 'fixed' read items out of turn, which would advance it, and it cannot be "
+            "turned back; use source='current'"
+        )
     sizes = dict.fromkeys(loaders, None) if unit_size == "batch" else shares(loaders, int(unit_size))
     groups: dict[str, Iterable[Sequence[Any]]] = {}
     for path, loader in loaders.items():

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_gradconf.batches.iterators import iterator_in
 from lightning_gradconf.batches.loaders import (
     Feed,
     batch_size,
@@ -42,6 +43,8 @@ class Layout:
         self._loaders = loaders_in(loaders)
         self._learned: SamplePlaces | None = None
         self.reason: str | None = None
+        if loaders is feed.loaders and iterator_in(loaders) is not None:
+            return  # nothing may be read, so samples are taken to lie on dimension 0, as in a stream
         try:
             self._learned = learn_places(loaders, feed.prepare)
         except Exception as error:  # in what the user's code makes of three items, or of what is learned from them

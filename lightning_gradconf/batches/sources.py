@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lightning_gradconf.batches.draws import draw, first_of
+from lightning_gradconf.batches.iterators import iterator_in
 from lightning_gradconf.batches.layout import Layout
 from lightning_gradconf.batches.loaders import Feed, has_items, loaders_in, seed_everything
 from lightning_gradconf.batches.units import Origin, Unit, copy_of, shapes_of
@@ -109,7 +110,7 @@ class Source:
 
     def reads(self, feed: Feed) -> Any:
         """Return the loaders whose items `units` reads, none where it has the batches in training."""
-        return [] if self._cuts_current else self._loaders(feed)
+        return [] if self._cuts_current or self._must_not_read(feed) else self._loaders(feed)
 
     def pads(self, feed: Feed, step: int) -> bool:
         """Return whether the last units that were cut out of a batch have other shapes than units collated alone."""
@@ -150,9 +151,13 @@ class Source:
         """Return the user's own loader, or else those of the training."""
         return self._kind if isinstance(self._kind, DataLoader) else feed.loaders
 
+    def _must_not_read(self, feed: Feed) -> bool:
+        """Return whether reading items would advance an iterator of the training, for good."""
+        return not isinstance(self._kind, DataLoader) and iterator_in(feed.loaders) is not None
+
     def _can_collate(self, feed: Feed) -> bool:
         """Return whether units are cut out of batches now, and could be collated alone."""
-        if self._unit_size == "batch" or self._alone or self._kind in ("fresh", "fixed"):
+        if self._unit_size == "batch" or self._alone or self._kind in ("fresh", "fixed") or self._must_not_read(feed):
             return False
         return all(map(has_items, loaders_in(self._loaders(feed)).values()))
 
@@ -182,7 +187,7 @@ class Source:
         """Return the units in a batch of the training; none where they are collated alone from now on."""
         layout, num_units = self._layout, None if self._over_batches else self._num_units
         if layout is None:
-            with feed.isolated(feed.loaders):
+            with feed.isolated([] if self._must_not_read(feed) else feed.loaders):
                 layout = Layout(feed, feed.loaders)
         first, self._layout = self._layout is None, layout
         try:
