@@ -49,6 +49,7 @@ class Source:
         self._error: Exception | None = None
         self._fixed: list[Unit] | None = None
         self._fixed_indices = fixed_indices
+        self._copies, self._num_short, self._regular = True, 0, True
         self._alone = False  # whether units are collated alone that were to be cut out of batches
         self.remark: str | None = None
 
@@ -61,21 +62,49 @@ class Source:
     def _cuts_current(self) -> bool:
         return self._kind == "current" and not self._alone
 
-    def see(self, feed: Feed, batch: Any, batch_idx: int, due: bool) -> None:
-        """Keep copies of the units in a batch that is about to be trained on, which training_step may write to."""
+    def see(
+        self, feed: Feed, batch: Any, batch_idx: int, due: bool, left: int | None = None, last: bool = False
+    ) -> bool:
+        """Keep copies of the units in a batch that is about to be trained on, which training_step may write to.
+
+        Args:
+            feed: What the run trains on.
+            batch: The batch.
+            batch_idx: Its index.
+            due: Whether it may be measured now.
+            left: How many steps at least are left before the next one that is due, None if that cannot be told.
+            last: Whether the batch is the last of its epoch.
+
+        Returns:
+            Whether a unit is kept for a later measurement that would not be kept in a longer interval.
+        """
         if not self._cuts_current or not (due or self._over_batches):
-            return
+            return False
+        self._copies = due or self._is_near(left)
+        num_short = self._num_short
         try:
             found = self._units_in(feed, batch, batch_idx)
         except Exception as error:  # of this rank alone, to be raised where all ranks hear of it
             self._error = error
-            return
+            return False
+        if self._num_short > num_short and not (last and batch_idx > 0):
+            self._regular = False
         if not self._over_batches:
             self._recent.clear()
         elif self._recent.maxlen is None and found:
             per_epoch = len(found) * feed.batches
             self._recent = deque(maxlen=int(min(self._num_units, per_epoch)))
         self._recent.extend(found)
+        return bool(found) and not due and left is not None and self._regular
+
+    def _is_near(self, left: int | None) -> bool:
+        """Return whether a batch may be a unit of the next measurement, which is so many steps away at least.
+
+        Of 2n + 1 batches in a row, n at least are units if none but the last of an epoch is too short to be one. As
+        soon as another one was too short, every batch may be needed, however far the measurement is.
+        """
+        n = self._recent.maxlen
+        return left is None or n is None or not self._regular or left <= 2 * n
 
     def ready(self, n: int | None) -> bool:
         """Return whether there are n units; before n is known, as many as there can be, which then decides on n."""
@@ -208,9 +237,12 @@ class Source:
             return found
         counts = layout.counts(batch, batch_idx)
         if any(size < self._largest.get(path, 0) for path, size in counts.items()):
+            self._num_short += 1
             return []
         if any(size > self._largest.get(path, size) for path, size in counts.items()):  # those before were short
             self._recent.clear()
         self._largest |= counts
+        if not self._copies:
+            return []
         first = next(iter(counts.values()), 0)
         return [Unit(copy_of(batch), Origin(tuple(range(first)), batch_idx), min(counts.values(), default=None))]

@@ -28,6 +28,7 @@ class Overhead:
         self._first = self._finished = (0.0, 0)
         self._count = -1
         self._measuring = 0.0
+        self._preparing = 0.0  # since the last measurement
 
     def start(self) -> None:
         """Begin to take the time of a measurement, should there be one."""
@@ -44,6 +45,10 @@ class Overhead:
         """Return the seconds since the measurement began."""
         return perf_counter() - self._started
 
+    def prepare(self) -> None:
+        """Count the time since `start` as part of the next measurement, which needs what was kept in it."""
+        self._preparing += self.elapsed()
+
     def finish(self, step: int) -> None:
         """Count the measurement that began last and has been reported now."""
         self._finished = perf_counter(), step
@@ -51,7 +56,8 @@ class Overhead:
         if self._count == 0:
             self._first = self._finished
         else:
-            self._measuring += self._finished[0] - self._started
+            self._measuring += self._finished[0] - self._started + self._preparing
+        self._preparing = 0.0
 
     @property
     def measurements(self) -> int:

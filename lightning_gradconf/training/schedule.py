@@ -53,6 +53,15 @@ class Schedule:
             return False  # of two measurements at one step, the one at the end of the epoch is wanted
         return self.owed
 
+    def steps_left(self, trainer: Trainer) -> int | None:
+        """Return in how many steps the next one is due by the interval, 0 for this one; None at ends of epochs.
+
+        An epoch may end before its last batch, if something stops the run or a hook skips the rest.
+        """
+        if self.every_n_epochs is not None:
+            return None
+        return -(logging_step(trainer) + 1) % (self.every_n_train_steps * self.stretch)
+
     def is_due_after(self, trainer: Trainer) -> bool:
         """Return whether to measure after the step of the batch in training, as the last of its epoch."""
         ends = trainer.is_last_batch or _reaches_max_steps(trainer, 0) or stops_early(trainer)

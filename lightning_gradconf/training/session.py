@@ -120,9 +120,11 @@ class Session:
         """Measure before the step of a batch if it is time, and keep copies of its units where they are needed."""
         if not self.active or only_refreshes_statistics(self.trainer):
             return []
-        due = self.schedule.is_due(self.trainer)
+        trainer, due = self.trainer, self.schedule.is_due(self.trainer)
+        feed, left = feed_of(trainer, self.module), self.schedule.steps_left(trainer)
         self.overhead.start()
-        self.source.see(feed_of(self.trainer, self.module), batch, batch_idx, due)
+        if self.source.see(feed, batch, batch_idx, due, left, trainer.is_last_batch):
+            self.overhead.prepare()
         if not due:
             return []
         if not self.ranks.minimum(self.source.ready(self.n)):
