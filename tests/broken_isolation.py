@@ -86,7 +86,7 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     "attributes of data": (ISOLATION, "vars(value), dict(vars(value)))", "{}, {})"),
     "generators of data": (
         ISOLATION,
-        "                self.remember_data(entry)\n\n    def _is",
+        "                self.remember_data(entry, is_item=are_items)\n\n    def _is",
         "                pass\n\n    def _is",
     ),
     "transforms of data": (
@@ -96,7 +96,7 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     ),
     "transforms of libraries": (
         ISOLATION,
-        "isinstance(value, Dataset) or callable(value) or",
+        "isinstance(value, Dataset | Sampler) or callable(value) or",
         "isinstance(value, Dataset) or",
     ),
     "log is mute": (NO_TRACE, 'vars(part)["log"] = ', ""),

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_gradconf.gram.process_state import random_states
 from lightning_gradconf.gram.restoring import (
@@ -43,6 +43,7 @@ _NOT_FOLLOWED = frozenset({"_trainer", "_fabric"})
 # Longer lists hold the data themselves: of transforms, and of what a dataset or a datamodule notes.
 _MOST_TRANSFORMS = 100
 _MOST_ENTRIES = 10_000
+_MOST_ELEMENTS = 1 << 20  # of tensors and arrays beside the module, such as the weights of samples
 _OURS = __name__.partition(".")[0]  # what measures is not put back
 # What every module keeps for itself: its hooks, mostly empty.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -177,7 +178,7 @@ class _Memory:
             self._remember_container(value, path)
         elif isinstance(value, MethodType | partial):
             self._remember_all(_in_callable(value), path)
-        elif (numpy := sys.modules.get("numpy")) is not None and isinstance(value, numpy.ndarray):
+        elif _is_array(value):
             if value.flags.writeable:  # or else, as a file mapped into memory, it may be large
                 self.values.append(partial(restore_array, value, value.copy()))
         elif self._remember_generator(value):
@@ -193,17 +194,13 @@ class _Memory:
             self.left_alone[path] = value
 
     def _remember_container(self, value: Any, path: str) -> None:
+        self._remember_entries(value)
         if isinstance(value, MutableMapping):
-            self.containers.append(partial(restore_mapping, value, dict(value)))
             self._remember_all([key for key in value if type(key) not in _ATOMS], path)
             for key, entry in value.items():
                 if type(key) not in _ATOMS or key not in _NOT_FOLLOWED:
                     self.remember(entry, f"{path}.{key}")
         else:
-            if isinstance(value, list | deque):
-                self.containers.append(partial(restore_sequence, value, list(value)))
-            elif isinstance(value, set):
-                self.containers.append(partial(restore_set, value, set(value)))
             self._remember_all(value, path)
         if self._is_users(value):
             self._remember_attributes_of_object(value, path)
@@ -222,35 +219,50 @@ class _Memory:
     def remember_source(self, value: Any) -> None:
         """Keep how to put back a dataset, of whatever class: a plain list is one too."""
         if hasattr(value, "__dict__") and id(value) not in self.seen:
-            self.remember_attributes(value)
+            self.remember_attributes(value, are_items=isinstance(value, MutableMapping))
         else:
-            self.remember_data(value)
+            self.remember_data(value, is_item=True)
 
-    def remember_data(self, value: Any) -> None:
-        """Keep how to put back what data are read from, without what is in them."""
+    def remember_data(self, value: Any, *, is_item: bool = False) -> None:
+        """Keep how to put back what data are read from, without what is large, and without tensors in sequences."""
         if type(value) in _ATOMS or id(value) in self.seen or self._remember_generator(value):
             return
         self.seen[id(value)] = value
-        if isinstance(value, list) and len(value) <= _MOST_ENTRIES:
-            self.containers.append(partial(restore_sequence, value, list(value)))
-        if isinstance(value, list | tuple | dict):
-            entries = value.values() if isinstance(value, dict) else value
+        if isinstance(value, Tensor):
+            if not is_item and value.numel() <= _MOST_ELEMENTS and not value.is_inference():
+                self.containers.append(partial(restore_written, value, value.detach().clone(), value._version))
+        elif _is_array(value):
+            if not is_item and value.size <= _MOST_ELEMENTS and value.flags.writeable:
+                self.values.append(partial(restore_array, value, value.copy()))
+        elif isinstance(value, list | tuple | deque | set | MutableMapping):
+            if len(value) <= _MOST_ENTRIES:
+                self._remember_entries(value)
+            entries, are_items = (value.values(), is_item) if isinstance(value, MutableMapping) else (value, True)
             for entry in islice(entries, _MOST_TRANSFORMS):
-                self.remember_data(entry)
+                self.remember_data(entry, is_item=are_items)
         elif not isinstance(value, type) and hasattr(value, "__dict__") and self._is_read(value):
             self.remember_attributes(value)
 
-    def remember_attributes(self, value: Any) -> None:
+    def _remember_entries(self, value: Any) -> None:
+        """Keep how to put back which entries a container has."""
+        if isinstance(value, MutableMapping):
+            self.containers.append(partial(restore_mapping, value, dict(value)))
+        elif isinstance(value, list | deque):
+            self.containers.append(partial(restore_sequence, value, list(value)))
+        elif isinstance(value, set):
+            self.containers.append(partial(restore_set, value, set(value)))
+
+    def remember_attributes(self, value: Any, *, are_items: bool = False) -> None:
         """Keep how to put back the attributes of what data are read from."""
         self.seen[id(value)] = value
         self.containers.append(partial(restore_mapping, vars(value), dict(vars(value))))
         for name, entry in vars(value).items():
             if name not in _NOT_FOLLOWED:
-                self.remember_data(entry)
+                self.remember_data(entry, is_item=are_items)
 
     def _is_read(self, value: Any) -> bool:
         """Return whether reading data may change an object: transforms of a library draw, or hold the user's."""
-        return isinstance(value, Dataset) or callable(value) or self._is_users(value)
+        return isinstance(value, Dataset | Sampler) or callable(value) or self._is_users(value)
 
     def _is_users(self, value: Any) -> bool:
         """Return whether an object is followed: those of the user's own classes are, such as a meter or a state."""
@@ -307,6 +319,11 @@ class _Memory:
         else:
             return False
         return True
+
+
+def _is_array(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)
 
 
 def _in_callable(value: MethodType | partial[Any]) -> tuple[Any, ...]:

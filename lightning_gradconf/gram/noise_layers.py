@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
 
 from lightning_gradconf.gram.metric_answers import metric_classes
 from lightning_gradconf.gram.process_state import random_states
@@ -50,8 +50,10 @@ def _may_add_noise(layer: nn.Module) -> bool:
 
 def _forward(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if layer.training and layer not in _ADDS_NOISE:
-        _ADDS_NOISE[layer] = _draws(layer, forward, args, kwargs) and not _draws(layer.eval(), forward, args, kwargs)
+        in_training = _trial(layer, forward, args, kwargs)
+        in_evaluation = _trial(layer.eval(), forward, args, kwargs)
         layer.train()
+        _ADDS_NOISE[layer] = in_training.draws and not in_evaluation.draws and _is_alike(in_training, in_evaluation)
     if not layer.training or not _ADDS_NOISE[layer]:
         return forward(*args, **kwargs)
     layer.eval()
@@ -61,20 +63,47 @@ def _forward(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs
         layer.train()
 
 
-def _draws(layer: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-    """Return whether a layer draws random numbers, or fails, in its mode; what the call changes is put back."""
+class _Trial(NamedTuple):
+    """What a call of a layer shows: whether it draws random numbers or fails, and its results."""
+
+    draws: bool
+    results: list[Any]
+    structure: TreeSpec | None
+
+
+def _is_alike(in_training: _Trial, in_evaluation: _Trial) -> bool:
+    """Return whether evaluation gives the same kind of thing, and a gradient where training does.
+
+    If not, as where a mask of what was hidden or a hard decision comes out, the layer does more than to add noise.
+    """
+    if in_training.structure != in_evaluation.structure:
+        return False
+    return all(
+        (a.shape == b.shape and a.requires_grad <= b.requires_grad)
+        if isinstance(a, Tensor) and isinstance(b, Tensor)
+        else type(a) is type(b)
+        for a, b in zip(in_training.results, in_evaluation.results, strict=True)
+    )
+
+
+def _trial(layer: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> _Trial:
+    """Call a layer in its mode on copies of what it gets, and put back what that changes."""
     drawn, attributes, before = random_states(), dict(vars(layer)), _states()
-    copies = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, (args, kwargs))
+    copies = tree_map(_copy, (args, kwargs))
     try:
-        with torch.no_grad():
-            forward(*copies[0], **copies[1])
-        changed = before != _states()
+        with torch.enable_grad():
+            result = forward(*copies[0], **copies[1])
+        trial = _Trial(before != _states(), *tree_flatten(result))
     except Exception:
-        changed = True
+        trial = _Trial(True, [], None)
     for restore, state in drawn:
         restore(state)
     restore_mapping(vars(layer), attributes)
-    return changed
+    return trial
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
 
 def _states() -> list[Any]:

@@ -22,8 +22,12 @@ def feed_of(trainer: Trainer, module: LightningModule) -> Feed:
 
     def isolated(loaders: Any) -> AbstractContextManager[None]:
         containers, data = changes(loaders)
-        # The training step can reach its datasets, whatever is read here.
-        reached = [getattr(loader, "dataset", None) for loader in loaders_in(trainer.train_dataloader).values()]
+        # The training step can reach its datasets and samplers, whatever is read here.
+        reached = [
+            getattr(loader, name, None)
+            for loader in loaders_in(trainer.train_dataloader).values()
+            for name in ("dataset", "sampler", "batch_sampler")
+        ]
         return no_trace(trainer, module, *containers, data=[*data, *reached])
 
     return Feed(

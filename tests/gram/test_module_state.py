@@ -379,11 +379,13 @@ def test_tensors_of_the_module_when_asked():
     assert layer.weight.grad is grad and torch.equal(grad, torch.ones(2))
 
 
-def test_of_data_only_attributes_and_generators_are_put_back():
+def test_of_data_attributes_generators_and_what_is_small_are_put_back():
     class Cached(Data):
         def __init__(self):
             super().__init__()
             self.calls, self.rng, self.cache, self.parts = 0, random.Random(1), {}, [Data()]
+            self.weights, self.errors, self.recent = torch.ones(3), {"epoch": np.zeros(3)}, deque([1], 2)
+            self.images = torch.zeros(1 << 10).expand(1 << 11, -1)  # large, so that no copy of it is kept
 
     data = Cached()
     state, x = data.rng.getstate(), data.x
@@ -393,8 +395,14 @@ def test_of_data_only_attributes_and_generators_are_put_back():
         data.cache[0] = 1
         data.parts[0].augment = True
         data.x = data.x + 1
+        data.weights[0] = 2
+        data.errors["epoch"] += 1
+        data.recent.extend([2, 3])
+        data.images[0, 0] = 1
     assert (data.calls, data.rng.getstate(), data.parts[0].augment) == (0, state, False)
-    assert data.x is x and data.cache == {0: 1}
+    assert data.x is x and data.cache == {} and data.recent == deque([1])
+    assert data.weights.tolist() == [1, 1, 1] and data.errors["epoch"].tolist() == [0, 0, 0]
+    assert data.images.amax() == 1
 
 
 class LibraryTransform:

@@ -161,3 +161,41 @@ def test_nothing_is_left_after_an_error():
     with pytest.raises(KeyError, match="mine"):
         gradient_gram(Net(noise), fails, batch)
     assert noise.training and vars(noise).keys() == vars(NewEmpty()).keys()
+
+
+class Hiding(nn.Module):
+    """Hides entries in training and says which, as masked autoencoders do; in evaluation there are none."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        hidden = torch.rand(x.shape) < 0.0
+        return (x.masked_fill(hidden, 0), hidden) if self.training else (x, None)
+
+
+class Choosing(nn.Module):
+    """Chooses softly in training, and in evaluation the largest, which has no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return (x + 0 * torch.rand_like(x)).softmax(-1)
+        return F.one_hot(x.argmax(-1), x.shape[-1]).to(x)
+
+
+@pytest.mark.parametrize("layer", [Hiding, Choosing])
+@pytest.mark.parametrize("engine", ["auto", "vmap", "loop"])
+def test_layers_that_give_something_else_in_evaluation_are_left_alone(layer, engine):
+    def loss(module: nn.Module, x: Tensor) -> Tensor:
+        out = module["layer"](module["first"](x))
+        if isinstance(out, tuple):
+            out = out[0] * (~out[1])
+        return out.square().mean()
+
+    torch.manual_seed(0)
+    module, x = nn.ModuleDict({"first": nn.Linear(4, 3), "layer": layer()}).double(), torch.randn(N, 4).double()
+    rows = []
+    for sample in x.split(1):  # what is drawn changes nothing
+        gradients = torch.autograd.grad(loss(module, sample), list(module.parameters()))
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    want = torch.stack(rows) @ torch.stack(rows).T
+    assert want.abs().max() > 0
+    grams = gradient_gram(module, loss, x, engine=engine)
+    torch.testing.assert_close(sum(grams.values()), want, rtol=1e-9, atol=1e-12)
