@@ -17,6 +17,7 @@ import torch.utils.checkpoint as checkpoints
 from torch.autograd import Function
 
 from lightning_gradconf.gram.ghost.functorch import batched, below_vmap, in_front, is_batched
+from lightning_gradconf.gram.ghost.unit_numbers import in_a_pass
 
 # What runs around a checkpoint without reentry, by the name that a release of torch has for it.
 _GENERATORS = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
@@ -56,7 +57,7 @@ def vmappable(n: int) -> Iterator[None]:
 
     vars(checkpoints).update({name: partial(nothing_around, generator) for name, generator in generators.items()})
     try:
-        with _applied_by(apply_by_unit):
+        with in_a_pass(), _applied_by(apply_by_unit):
             yield
     finally:
         vars(checkpoints).update(generators)

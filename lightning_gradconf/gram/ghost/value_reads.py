@@ -133,6 +133,37 @@ def _with_numbers(mode: UnitMode, function: Callable[..., Any], *args: Any, **kw
     return function(*numbers, **kwargs)
 
 
+def _new(mode: UnitMode, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Make a new tensor of a number that each unit has."""
+    if not args or not is_batched(args[-1]) or kwargs.pop("requires_grad", False):
+        return NotImplemented
+    if function is Tensor.new_tensor:
+        kwargs.setdefault("dtype", args[0].dtype)
+    return args[-1].detach().clone().to(**kwargs)
+
+
+def _full(mode: UnitMode, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Fill a tensor with a number that each unit has."""
+    if "fill_value" in kwargs:
+        args = (*args, kwargs.pop("fill_value"))
+    *others, number = args
+    if not is_batched(number) or kwargs.get("requires_grad"):
+        return NotImplemented
+    if function is torch.full:
+        kwargs.setdefault("dtype", number.dtype)
+    like = function(*others, 0, **kwargs)
+    return number.to(like).expand(like.shape).clone()
+
+
+def _add(mode: UnitMode, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Multiply a term by a number that each unit has, as PyTorch takes only one number there."""
+    by = kwargs.pop("value" if function in _OF_PRODUCTS else "alpha", None)
+    if not is_batched(by):
+        return NotImplemented
+    input, term, *others = args
+    return function(input, term * by, *others, **kwargs)
+
+
 def _select(mode: UnitMode, function: Callable[..., Any], tensor: Tensor, index: Any) -> Any:
     return function(tensor, _index(mode, index))
 
@@ -152,6 +183,8 @@ _SIZED = (
     torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere, torch.masked_select, Tensor.masked_select,
     torch.unique, Tensor.unique, torch.unique_consecutive, Tensor.unique_consecutive, torch.bincount, Tensor.bincount,
 )  # fmt: skip
+_SUMS = (torch.add, Tensor.add, Tensor.add_, torch.sub, Tensor.sub, Tensor.sub_)
+_OF_PRODUCTS = (torch.addcmul, Tensor.addcmul, Tensor.addcmul_, torch.addcdiv, Tensor.addcdiv, Tensor.addcdiv_)
 READS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys((*_NUMBERS, Tensor.tolist, Tensor.is_nonzero, torch.is_nonzero), _number),
     **dict.fromkeys(_SIZED, of_data_size),
@@ -159,6 +192,9 @@ READS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys((Tensor.__format__, Tensor.__repr__), _text),
     **dict.fromkeys((Tensor.numpy, Tensor.__array__), _numpy),
     **dict.fromkeys((torch.arange, torch.linspace, torch.eye, torch.zeros, torch.ones, torch.empty), _with_numbers),
+    **dict.fromkeys((torch.tensor, Tensor.new_tensor), _new),
+    **dict.fromkeys((torch.full, torch.full_like, Tensor.new_full), _full),
+    **dict.fromkeys((*_SUMS, *_OF_PRODUCTS), _add),
     Tensor.item: _item,
     Tensor.__contains__: _compare,
     torch.where: _where,

@@ -83,6 +83,10 @@ NOT_YET: dict[str, tuple[int, ...]] = {}
 # What torch.func alone cannot transform, in one of the four measurements at least.
 VMAP_CANNOT = set(
     [
+        "item_as_an_argument",
+        "item_in_numpy",
+        "item_that_fills_and_scales",
+        "meter_beside_the_module",
         "accuracy_by_item",
         "arithmetic_of_small_integers",
         "item_as_a_key",

@@ -8,6 +8,7 @@ import math
 from collections import deque
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchmetrics
@@ -627,3 +628,78 @@ def batch_norm_of_torch() -> Any:
         return torch.batch_norm(h, n.weight, n.bias, n.running_mean, n.running_var, self.training, 0.1, 1e-5, False)
 
     return Model(forward, layer=nn.Linear(4, 3), norm=nn.BatchNorm1d(3)), mean_square, inputs(4)
+
+
+class Meter:
+    """A running mean, as training loops keep it beside the module."""
+
+    total, count = 0.0, 0
+
+    def update(self, value: float, count: int = 1) -> None:
+        """Take one more value."""
+        self.total += value * count
+        self.count += count
+
+
+METER, HISTORY = Meter(), list[float]()
+
+
+@case
+def meter_beside_the_module() -> Any:
+    """``item()`` goes where no measurement cleans up, and what is there is read at the next."""
+
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        found = cross_entropy(module, batch)
+        METER.update(found.item(), len(batch[0]))
+        HISTORY.append(found.item())
+        return found
+
+    def before(module: Any, measurement: int) -> None:
+        mean = METER.total / max(METER.count, 1)
+        assert math.sqrt(mean) >= 0 and mean < 1e6 and f"{mean:.3f}" and min(HISTORY, default=0.0) < 1e6
+
+    return two_layers(), loss, pairs(4), before
+
+
+@case
+def item_as_an_argument() -> Any:
+    """``item()`` where PyTorch's functions take a tensor or a number."""
+
+    def loss(module: nn.Module, x: Tensor) -> Tensor:
+        out = module(x)
+        size = out.detach().abs().mean().item()
+        out = torch.where(out > 0.5, out, size).masked_fill(out < -1, size).clamp(max=2 * size) + out.clamp(-size, size)
+        out = out.mul(size).div(1 + size).add(size).sub_(0.5 * size).lerp(out.sin(), size / (1 + size))
+        out = out + out.abs().pow(size).clamp_min(size) * out.gt(size) + torch.maximum(out, out.new_tensor(size))
+        out /= 1 + size
+        out[0] = size
+        return out.square().mean() + 0 * torch.stack([out.mean() * size, out.sum()]).sum()
+
+    return nn.Linear(4, 3), loss, inputs(4)
+
+
+@case
+def item_that_fills_and_scales() -> Any:
+    """``item()`` where PyTorch's functions take only a number: what they do then can be written with a tensor."""
+
+    def loss(module: nn.Module, x: Tensor) -> Tensor:
+        out = module(x)
+        size = out.detach().abs().mean().item()
+        scales = torch.full((3,), size, dtype=out.dtype) + out.new_full((3,), size) + torch.full_like(out[0], size)
+        out = (out * scales).add(out.sin(), alpha=size).sub(out.cos(), alpha=size)
+        out = torch.addcmul(out, out, scales, value=size).addcdiv(out, 1 + scales, value=size)
+        return (out + torch.tensor(size) + torch.tensor(size, dtype=out.dtype)).square().mean()
+
+    return nn.Linear(4, 3), loss, inputs(4)
+
+
+@case
+def item_in_numpy() -> Any:
+    """A perplexity, and what it is compared with, by functions of NumPy and Python."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        found = cross_entropy(module, batch)
+        module.perplexity = np.exp(found.item()) + np.sqrt(divmod(found.item(), 0.3)[1])
+        return found * (1 + np.tanh(found.item()))
+
+    return two_layers(), loss, pairs(4)
