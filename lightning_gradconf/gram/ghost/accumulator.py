@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge, Node
 from lightning_gradconf.gram.findings import Places
 from lightning_gradconf.gram.ghost import graph as graphs
 from lightning_gradconf.gram.ghost.contraction import Workspace
+from lightning_gradconf.gram.ghost.custom_functions import unit_of
 from lightning_gradconf.gram.ghost.factors import (
     Dense,
     GradientFactors,
@@ -158,7 +159,11 @@ class Accumulator:
         (name,) = use.free.parameters
         if use.free.layout == "moved":
             self._moved[name] = use
-        self._parts[name].append(_upright(part, use))
+        parts, part = self._parts[name], _upright(part, use)
+        if unit_of(use.node) is not None and parts and isinstance(parts[-1], Dense):  # there is a use for each unit
+            parts[-1] = Dense(parts[-1].gradients + materialize(part))
+        else:
+            parts.append(part)
         self._waiting[name] -= 1
         if not self._waiting[name]:
             self._complete(name)

@@ -14,11 +14,19 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint as checkpoints
+from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
+from torch.overrides import _get_current_function_mode, _pop_mode_temporarily
+from torch.utils._pytree import tree_leaves
 
 from lightning_gradconf.gram.ghost.functorch import batched, below_vmap, in_front, is_batched
-from lightning_gradconf.gram.ghost.unit_numbers import in_a_pass
+from lightning_gradconf.gram.ghost.unit_numbers import UnitNumber, in_a_pass
+from lightning_gradconf.gram.measurement_mode import MeasurementMode
+from lightning_gradconf.gram.process_state import random_states
 
+_UNIT = "unit of lightning_gradconf"
 # What runs around a checkpoint without reentry, by the name that a release of torch has for it.
 _GENERATORS = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
 _APPLY = Function.__dict__["apply"]
@@ -31,6 +39,11 @@ _USUAL: Any = (
     if _IN_PYTHON is None
     else classmethod(types.FunctionType(_CODE, _IN_PYTHON.__globals__, "apply", None, _IN_PYTHON.__closure__))
 )
+
+
+def unit_of(node: Node) -> int | None:
+    """Return the one unit that a node has to do with, None if there are more: a Function may have run unit by unit."""
+    return node.metadata.get(_UNIT)  # type: ignore[attr-defined, no-any-return]
 
 
 @contextmanager
@@ -48,8 +61,11 @@ def vmappable(n: int) -> Iterator[None]:
             if cls is checkpoints.CheckpointFunction:
                 function, _, *inputs = args
                 return function(*inputs)
-            if any(map(is_batched, args)) and not ("vmap" in vars(cls) or cls.generate_vmap_rule):
-                return _by_unit(n, lambda *one: apply(*one, **kwargs), args)
+            if not ("vmap" in vars(cls) or cls.generate_vmap_rule):
+                if any(map(_has_units, args)):
+                    return _by_unit(n, lambda *one: apply(*one, **kwargs), args)
+                if not any(map(_has_units, tree_leaves((args, kwargs)))):
+                    return _once(lambda: apply(*args, **kwargs))
         return apply(*args, **kwargs)
 
     def nothing_around(generator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -100,16 +116,62 @@ def _nothing() -> Iterator[None]:
     yield
 
 
+@contextmanager
+def _outside() -> Iterator[None]:
+    """Leave vmap and all that stands in for it; BatchNorm and dropout stay as they are while gradients are measured."""
+    with below_vmap():
+        if isinstance(mode := _get_current_function_mode(), MeasurementMode):
+            usual = MeasurementMode(running_statistics=mode.running_statistics, dropout=mode.dropout)
+            with _pop_mode_temporarily(), usual:
+                yield
+        else:
+            yield
+
+
+def _once(function: Callable[[], Any]) -> Any:
+    """Return what a Function makes of tensors that all units share, as of a weight that it rounds.
+
+    Raises:
+        NotImplementedError: It draws random numbers, which each unit would have to have of its own.
+    """
+    with _outside():
+        before = _random_tensors()
+        result = function()
+        if not all(map(torch.equal, before, _random_tensors())):
+            raise NotImplementedError("a custom autograd Function of parameters alone draws random numbers")
+    return result
+
+
+def _random_tensors() -> list[Tensor]:
+    """Return the states of PyTorch's own random generators."""
+    return [leaf for leaf in tree_leaves([state for _, state in random_states()]) if isinstance(leaf, Tensor)]
+
+
+def _has_units(value: Any) -> bool:
+    return is_batched(value) or type(value) is UnitNumber
+
+
 def _by_unit(n: int, function: Callable[..., Any], args: Any) -> Any:
     rows = [in_front(arg, n) if is_batched(arg) else arg for arg in args]
+    rows = [row.of_each(n) if type(row) is UnitNumber else row for row in rows]
     if any(map(is_batched, rows)):
         raise NotImplementedError("a custom autograd Function inside a vmap of the loss's own")
-    has_units = [is_batched(arg) for arg in args]
-    with below_vmap():
+    has_units = [*map(_has_units, args)]
+    with _outside():
+        # Of another node than the parameter: gradients that arrive here are this Function's alone, also where its other
+        # operands are made of the same parameter.
+        rows = [
+            torch.ops.aten.alias(row) if isinstance(row, Tensor) and row.requires_grad and not own else row
+            for row, own in zip(rows, has_units, strict=True)
+        ]
         results = [
             function(*(row[i] if own else row for row, own in zip(rows, has_units, strict=True))) for i in range(n)
         ]
         several = isinstance(results[0], tuple)
         columns = [*zip(*results, strict=True)] if several else [results]
+        for column in columns:
+            for i, result in enumerate(column):
+                if isinstance(result, Tensor) and isinstance(result.grad_fn, BackwardCFunction):
+                    result.grad_fn.metadata[_UNIT] = i
         stacked = [torch.stack(column) for column in columns]
     return tuple(map(batched, stacked)) if several else batched(stacked[0])

@@ -10,17 +10,14 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_gradconf.gram.ghost import lstm
 from lightning_gradconf.gram.ghost.convolution import ConvolutionFactors
-from lightning_gradconf.gram.ghost.factors import (
-    Dense,
-    GradientFactors,
-    IndexedRows,
-    OuterProducts,
-)  # fmt: skip
+from lightning_gradconf.gram.ghost.custom_functions import unit_of
+from lightning_gradconf.gram.ghost.factors import Dense, GradientFactors, IndexedRows, OuterProducts
 from lightning_gradconf.gram.ghost.nodes import saved
 from lightning_gradconf.gram.ghost.placement import Placement
 from lightning_gradconf.gram.memory_budget import megabytes
@@ -54,15 +51,18 @@ def _by_backward(node: Node, slot: int, shape: tuple[int, ...], at: Placement) -
         raise NotImplementedError(
             f"gradients of {megabytes(needed)} have to be formed, which exceeds the memory budget"
         )
+    unit = unit_of(node)
+    deltas = [delta for _, delta in outputs]
     rows = []
-    for parts in zip(*(at.parts(delta) for _, delta in outputs), strict=True):
+    for parts in zip(*map(at.parts, deltas), strict=True) if unit is None else [deltas]:
         (gradient,) = torch.autograd.grad(
             [edge for edge, _ in outputs], [GradientEdge(source, number)], parts, retain_graph=True, allow_unused=True
         )
         if gradient is None:
             raise NotImplementedError(f"{node.name()} has no gradient for one of its operands")
         rows.append(as_rows(gradient, 1))
-    return Dense(torch.cat(rows))
+    gradients = torch.cat(rows)
+    return Dense(gradients if unit is None else F.pad(gradients, (0, 0, unit, at.n - 1 - unit)))
 
 
 def _outer_products(left: Tensor, right: Tensor, at: Placement, factor: float = 1.0) -> OuterProducts:

@@ -16,6 +16,7 @@ from gram.zoo.registry import (
     normal,
     pairs,
     two_layers,
+    words,
 )
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -404,3 +405,169 @@ def equilibrium_of_a_layer() -> Any:
         return self.head((self.layer(z) * 0.3 + x).tanh())
 
     return Model(forward, layer=nn.Linear(4, 4), head=nn.Linear(4, 3)), cross_entropy, pairs(4)
+
+
+class Signs(torch.autograd.Function):
+    """The sign of a weight, as in BinaryConnect; the gradient passes where the weight is small."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        """Return signs."""
+        ctx.save_for_backward(weight)
+        return weight.sign()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Cut the gradient off."""
+        (weight,) = ctx.saved_tensors
+        return grad.masked_fill(weight.abs() > 0.4, 0)
+
+
+class BestHalf(torch.autograd.Function):
+    """A mask of the larger half of scores, as in supermasks."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        """Return zeros and ones."""
+        return (scores >= scores.median()).to(scores.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Let everything pass."""
+        return grad
+
+
+@case
+def custom_functions_of_parameters_alone() -> Any:
+    """Weights of signs, and a frozen weight behind a mask that is learned."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = F.linear(x, Signs.apply(self.first.weight), self.first.bias).tanh()
+        return F.linear(h, self.frozen * BestHalf.apply(self.scores.abs()), self.bias)
+
+    parts = {name: nn.Parameter(torch.randn(shape)) for name, shape in (("scores", (3, 5)), ("bias", (3,)))}
+    model = Model(forward, first=nn.Linear(4, 5), **parts)
+    model.register_buffer("frozen", torch.randn(3, 5))
+    return model, cross_entropy, pairs(4)
+
+
+class StochasticRounding(torch.autograd.Function):
+    """A weight that is rounded up or down by chance."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        """Round to whole numbers."""
+        return (weight + 1e-9 * torch.rand_like(weight)).round()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Let everything pass."""
+        return grad
+
+
+@case
+def custom_function_of_a_parameter_that_draws() -> Any:
+    """Each unit would have to draw numbers of its own."""
+    model = Model(lambda self, x: x @ StochasticRounding.apply(3 * self.weight), weight=nn.Parameter(torch.randn(4, 3)))
+    return model, cross_entropy, pairs(4)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """A head and its loss in one, which computes gradients in the forward pass, as kernels that save memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        """Return the loss."""
+        p = (x @ weight.T).softmax(-1)
+        at_logits = (p - F.one_hot(target, len(weight))) / len(x)
+        ctx.save_for_backward(at_logits @ weight, at_logits.T @ x)
+        return -p.gather(1, target[:, None]).log().mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Return the gradients that were computed."""
+        at_x, at_weight = ctx.saved_tensors
+        return grad * at_x, grad * at_weight, None
+
+
+@case
+def head_and_loss_in_one() -> Any:
+    """A custom Function of activations and a tied weight, in two steps of a sequence."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        x, y = batch
+        h = module.table(x).tanh()
+        return sum(LinearCrossEntropy.apply(h[:, i], module.table.weight, y[:, i]) for i in range(2)) / 2
+
+    model = Model(lambda self: None, table=nn.Embedding(7, 4))
+    return model, loss, four(lambda: (words(2), words(2)))
+
+
+@case
+def head_that_is_transposed_and_its_loss_in_one() -> Any:
+    """The same with a head whose weight lies the other way."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        return LinearCrossEntropy.apply(module.first(batch[0]).tanh(), module.head.T, batch[1])
+
+    return Model(lambda self: None, first=nn.Linear(4, 5), head=nn.Parameter(torch.randn(5, 3))), loss, pairs(4)
+
+
+class DifferentiatedAtOnce(torch.autograd.Function):
+    """A head and its loss in one, which asks autograd for the gradients while the forward pass runs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        """Return the loss."""
+        with torch.enable_grad():
+            operands = [tensor.detach().requires_grad_() for tensor in (x, weight)]
+            logits = torch.zeros(len(x), len(weight), dtype=x.dtype)
+            logits += F.dropout(operands[0], 0.5, training=True) @ operands[1].T
+            loss = F.cross_entropy(logits, target)
+            ctx.save_for_backward(*torch.autograd.grad(loss, operands))
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Return the gradients that were computed."""
+        at_x, at_weight = ctx.saved_tensors
+        return grad * at_x, grad * at_weight, None
+
+
+@case
+def custom_function_that_differentiates_at_once() -> Any:
+    """The calls of autograd inside a Function have to do with one unit."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        h = module.first(batch[0]).tanh()
+        return DifferentiatedAtOnce.apply(h, module.head, batch[1]) + 0.1 * h.square().mean()
+
+    return Model(lambda self: None, first=nn.Linear(4, 5), head=nn.Parameter(torch.randn(3, 5))), loss, pairs(4)
+
+
+class Reversed(torch.autograd.Function):
+    """Gradients are reversed, and scaled by a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        """Return the same, and remember the number."""
+        ctx.scale = scale
+        return x * (1 + scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Reverse."""
+        return -ctx.scale * grad, None
+
+
+@case
+def custom_function_of_a_number_that_is_read() -> Any:
+    """A number of each unit is an argument of a Function of activations, and of one of a parameter alone."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        x, y = batch
+        h = module[0](x).tanh()
+        h = Reversed.apply(h, h.detach().abs().mean().item())
+        return F.cross_entropy(F.linear(h, Reversed.apply(module[2].weight, x.square().mean().item())), y)
+
+    return two_layers(), loss, pairs(4)
