@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -23,7 +24,7 @@ from lightning_gradconf.gram.ghost.factors import (
     gram_of_sum,
     materialize,
 )  # fmt: skip
-from lightning_gradconf.gram.ghost.graph import Graph, Use
+from lightning_gradconf.gram.ghost.graph import Edge, Graph, Use
 from lightning_gradconf.gram.ghost.nodes import dtypes, variable
 from lightning_gradconf.gram.ghost.placement import Placement
 from lightning_gradconf.gram.ghost.rules import factors_of
@@ -148,7 +149,7 @@ class Accumulator:
     def _keep(self, use: Use, part: GradientFactors) -> None:
         """Put what a use contributes to what its parameter has already; after the last use, complete the parameter."""
         if graphs.is_multiple(use):
-            self._keep_multiples(use, materialize(part).squeeze(1))
+            self._keep_multiples(use, materialize(part))
             return
         if use.free.parameters & self._by_pull:
             node, number = use.source
@@ -173,16 +174,18 @@ class Accumulator:
         node, number = use.source
         assert node is not None
         leaves = [(name, leaf) for name in use.free.parameters for leaf in self._leaves[name]]
-        seed = torch.ones(graphs.shape(use.source), dtype=dtypes(node)[number], device=coefficients.device)
-        gradients = torch.autograd.grad(
-            [GradientEdge(node, number)], [leaf for _, leaf in leaves], [seed], retain_graph=True, allow_unused=True
-        )
-        for (name, _), gradient in zip(leaves, gradients, strict=True):
-            if gradient is not None:
-                direction = as_rows(gradient, 1)[0]
-                multiples = Multiples(coefficients.to(direction.dtype), direction)
-                # Other groups or ranks may have another direction.
-                self._parts[name].append(Dense(materialize(multiples)) if self._keeps else multiples)
+        # The real and the imaginary part of a complex number are two numbers.
+        seeds = _as_seed(torch.eye(coefficients.shape[1], device=coefficients.device), use.source)
+        for seed, of_units in zip(seeds.to(dtypes(node)[number]), coefficients.unbind(1), strict=True):
+            gradients = torch.autograd.grad(
+                [GradientEdge(node, number)], [leaf for _, leaf in leaves], [seed], retain_graph=True, allow_unused=True
+            )
+            for (name, _), gradient in zip(leaves, gradients, strict=True):
+                if gradient is not None:
+                    direction = as_rows(gradient, 1)[0]
+                    multiples = Multiples(of_units.to(direction.dtype), direction)
+                    # Other groups or ranks may have another direction.
+                    self._parts[name].append(Dense(materialize(multiples)) if self._keeps else multiples)
         for name in use.free.parameters:
             self._waiting[name] -= 1
             if not self._waiting[name] and name in self._parts:
@@ -212,7 +215,7 @@ class Accumulator:
             for name in (name for name, own in leaves if own is leaf):
                 rows[name] = gradients
         if inner and leaves:
-            seeds = [self._pulled[edge].reshape(self._n, *graphs.shape((edge.node, edge.output_nr))) for edge in inner]
+            seeds = [_as_seed(self._pulled[edge], (edge.node, edge.output_nr)) for edge in inner]
             # Some of PyTorch's operations have no batching rule, are right all the same, and say so each time.
             with without_warnings("There is a performance drop because"):
                 found = torch.autograd.grad(
@@ -226,11 +229,22 @@ class Accumulator:
             self._parts[name].append(Dense(upcast(row)))
 
 
+def _as_seed(rows: Tensor, source: Edge) -> Tensor:
+    """Return gradients ``(n, numel)`` of a tensor of the graph in its own shape, complex if it is."""
+    node, number = source
+    assert node is not None
+    kind = dtypes(node)[number]
+    if not kind.is_complex:
+        return rows.reshape(len(rows), *graphs.shape(source))
+    return torch.view_as_complex(rows.reshape(len(rows), *graphs.shape(source), 2))
+
+
 def _upright(part: GradientFactors, use: Use) -> GradientFactors:
     """Return the contribution to a transposed parameter as one to the parameter."""
     if use.free.layout != "transposed":
         return part
     if isinstance(part, OuterProducts):
         return OuterProducts(part.right, part.left)
-    shape = graphs.shape(use.source)
-    return Dense(torch.unflatten(materialize(part), 1, shape).transpose(1, 2).flatten(1))
+    rows, shape = materialize(part), graphs.shape(use.source)
+    real = rows.shape[1] // max(1, math.prod(shape))  # two real numbers for a complex one
+    return Dense(torch.unflatten(rows, 1, (*shape, real)).transpose(1, 2).flatten(1))

@@ -39,8 +39,6 @@ EXCEPTIONS = {
     "backward_hook_that_changes": NotGhost("loop", MODULE_HOOK),
     "backward_within_a_backward": NotGhost("loop", ALONE),
     "backward_within_a_backward_of_a_shared_layer": NotGhost("loop", ALONE),
-    "complex_layers": NotGhost("vmap", "unflatten: Provided sizes"),
-    "frequencies": NotGhost("vmap", "is invalid for input of size"),
     "custom_function_of_a_parameter_that_draws": NotGhost("loop", "of parameters alone draws random numbers"),
     "embeddings_with_options": NotGhost("loop", ALONE),
     "generator_frozen_in_the_step": NotGhost("loop", r"requires_grad_"),

@@ -505,3 +505,35 @@ def products_of_every_kind() -> Any:
         return h * torch.mv(w, v) + torch.dot(v, v) + torch.kron(x, v)[: len(x), :4]
 
     return Model(forward, w=nn.Parameter(torch.randn(4, 4)), v=nn.Parameter(torch.randn(4))), mean_square, inputs(4)
+
+
+@case
+def fourier_layer_of_a_real_weight() -> Any:
+    """As in FNO: a weight of pairs that is viewed as complex, and a gain that is one complex number."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(self.lift(x), dim=1)
+        low = torch.einsum("bkc,kcd->bkd", spectrum[:, :3], torch.view_as_complex(self.weight))
+        low = low * torch.view_as_complex(self.gain)
+        return self.head(torch.fft.irfft(low, n=6, dim=1).tanh() + self.lift(x))
+
+    parts = {"weight": nn.Parameter(torch.randn(3, 4, 4, 2)), "gain": nn.Parameter(torch.randn(2))}
+    return Model(forward, lift=nn.Linear(2, 4), head=nn.Linear(4, 3), **parts), mean_square, inputs(6, 2)
+
+
+@case
+def state_space_of_diagonal_matrices() -> Any:
+    """As in S4D: a kernel of complex exponentials, from real parameters alone, by which a signal is filtered."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        steps = x.shape[1]
+        rates = torch.complex(-self.decay.exp(), self.frequency)
+        kernel = torch.einsum("hs,hsl->hl", torch.view_as_complex(self.out), (rates[..., None] * self.time).exp()).real
+        spectrum = torch.fft.rfft(x.mT, n=2 * steps) * torch.fft.rfft(kernel, n=2 * steps)
+        return self.head(torch.fft.irfft(spectrum, n=2 * steps)[..., :steps].mT + self.skip * x).mean(1)
+
+    shapes = {"decay": (3, 2), "frequency": (3, 2), "out": (3, 2, 2), "skip": (3,)}
+    parts = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    model = Model(forward, head=nn.Linear(3, 3), **parts)
+    model.register_buffer("time", torch.arange(5.0))
+    return model, cross_entropy, pairs(5, 3)
