@@ -108,9 +108,12 @@ class Accumulator:
         """Return what to do with the gradients of the results of a node with these uses."""
 
         def receive(deltas: Sequence[Tensor | None]) -> None:
-            delta = next((delta for delta in deltas if delta is not None), None)
-            if delta is None or self._busy:  # a rule that differentiates the node comes by here again
+            given = [delta for delta in deltas if delta is not None]
+            if self._busy:  # a rule that differentiates the node comes by here again
                 return
+            if not any(delta.numel() for delta in given):  # of an expert without tokens there is no gradient
+                return
+            delta = given[0]
             device = delta.device.type
             autocast = torch.is_autocast_enabled(device)  # to switch it off takes longer than to ask
             precise = torch.autocast(device, enabled=False) if autocast else nullcontext()

@@ -67,7 +67,7 @@ def _guess(
 ) -> int | None:
     """Return which place of the units explains the deltas of a use, None if no place does."""
     delta, other = (next((delta for delta in deltas if delta is not None), None) for deltas in (ones, weighted))
-    if delta is None or other is None:
+    if delta is None or other is None or not delta.numel():
         return 0
     guess, guesses = 0, 1
     while guess < min(guesses, _GUESSES):

@@ -116,6 +116,7 @@ VMAP_CANNOT = set(
         "custom_function_of_a_number_that_is_read",
         "custom_function_that_differentiates_at_once",
         "custom_functions_of_parameters_alone",
+        "experts_without_tokens",
         "head_and_loss_in_one",
         "head_that_is_transposed_and_its_loss_in_one",
         "item_as_an_argument",

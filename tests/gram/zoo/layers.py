@@ -537,3 +537,22 @@ def state_space_of_diagonal_matrices() -> Any:
     model = Model(forward, head=nn.Linear(3, 3), **parts)
     model.register_buffer("time", torch.arange(5.0))
     return model, cross_entropy, pairs(5, 3)
+
+
+@case
+def experts_without_tokens() -> Any:
+    """Tokens are sorted by their expert, and an expert may get none."""
+
+    def forward(self: Any, batch: Any) -> Tensor:
+        x, chosen = batch[0].flatten(0, 1), batch[1].flatten()
+        order = chosen.argsort(stable=True)
+        parts = x[order].split(torch.bincount(chosen, minlength=3).tolist())
+        rows = torch.cat([expert(part).tanh() for expert, part in zip(self.experts, parts, strict=True)])
+        return self.head(rows[order.argsort()]).unflatten(0, batch[1].shape).mean(1)
+
+    def of(*experts: int) -> Any:
+        return normal(4, 3), torch.stack([torch.tensor(experts)[torch.randperm(4)] for _ in range(6)])
+
+    experts = nn.ModuleList([nn.Linear(3, 5) for _ in range(3)])
+    batches = [of(0, 0, 2, 2), of(0, 0, 0, 0), of(0, 1, 2, 2), of(1, 1, 1, 2)]
+    return Model(forward, experts=experts, head=nn.Linear(5, 3)), mean_square, batches
