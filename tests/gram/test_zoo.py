@@ -134,6 +134,7 @@ CAST = [
     "batchnorm",
     "batchnorm_in_eval_mode",
     "transformer_encoder",
+    "gru_of_two_layers_behind_a_layer",
     "in_batch_negatives",
     "attention_with_time_first",
     "attention_with_weights_and_padding",

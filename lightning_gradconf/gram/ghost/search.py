@@ -6,6 +6,7 @@ where unit i is. A result without units has no such place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 import torch
@@ -23,12 +24,17 @@ from lightning_gradconf.gram.ghost.rules import factors_of
 from lightning_gradconf.gram.objective import run_backward
 
 _GUESSES = 8
-_TOLERANCE = 1e-3  # of the largest entry; half precision rounds to 4e-3, and is looked at with its own
+_TOLERANCE = 1e-3  # of the largest entry
+# Where deltas are less precise, as under autocast: so many of their roundings, if other places are so many times worse.
+_ROUNDINGS, _MARGIN = 16, 4
 
 
 def search(losses: Tensor, graph: Graph, weights: Tensor, parameters: Collection[str], places: Places) -> bool:
     """Put into ``places`` where the units lie in the uses of some parameters; return whether that changed anything."""
-    uses = {i: use for i, use in enumerate(graph.uses) if use.free.parameters & set(parameters)}
+    precision = max(graphs.precisions(graph.order), key=lambda kind: torch.finfo(kind).eps)
+    everywhere = torch.finfo(precision).eps > _TOLERANCE / 2  # rounding may hide other wrong places from the proof
+    lost = {i: use for i, use in enumerate(graph.uses) if use.free.parameters & set(parameters)}
+    uses = dict(enumerate(graph.uses)) if everywhere else lost
     nodes = list(dict.fromkeys(use.node for use in uses.values()))
     ones, weighted = (_deltas(losses, nodes, seed) for seed in (torch.ones_like(losses), weights))
     before = dict(places.guesses), set(places.free)
@@ -37,7 +43,7 @@ def search(losses: Tensor, graph: Graph, weights: Tensor, parameters: Collection
         for i, use in uses.items():
             shape = graphs.shape(use.source)
             guess = _guess(use.node, use.slot, shape, ones[use.node], weighted[use.node], weights)
-            if guess is None:
+            if guess is None and i in lost:
                 free.add(graph.order.index(use.node))
             elif guess:
                 guesses[i] = guess
@@ -69,23 +75,28 @@ def _guess(
     delta, other = (next((delta for delta in deltas if delta is not None), None) for deltas in (ones, weighted))
     if delta is None or other is None or not delta.numel():
         return 0
-    guess, guesses = 0, 1
-    while guess < min(guesses, _GUESSES):
-        placements = [Placement(len(weights), guess, deltas=deltas) for deltas in (ones, weighted)]
+    errors: list[float] = []
+    guesses = 1
+    while len(errors) < min(guesses, _GUESSES):
+        placements = [Placement(len(weights), len(errors), deltas=deltas) for deltas in (ones, weighted)]
         try:
             parts = [factors_of(node, slot, d, shape, p) for d, p in zip((delta, other), placements, strict=True)]
         except NotImplementedError:
             return None
-        if _follows(parts[0], parts[1], weights):
-            return guess
+        errors.append(_error(parts[0], parts[1], weights))
+        if errors[-1] <= max(_TOLERANCE, 4 * torch.finfo(weights.dtype).eps):
+            return len(errors) - 1
         guesses = placements[0].guesses
-        guess += 1
-    return None
+    best, *others = sorted(errors)
+    if best > _ROUNDINGS * torch.finfo(delta.dtype).eps:
+        return None
+    # Rounding may look like another place, so the best has to be much better; without a guess the proof fails again.
+    return errors.index(best) if all(error > _MARGIN * best for error in others) else 0
 
 
-def _follows(part: GradientFactors, other: GradientFactors, weights: Tensor) -> bool:
-    """Return whether ``other`` is ``part`` with what unit i contributes times its weight."""
-    scaled = False
+def _error(part: GradientFactors, other: GradientFactors, weights: Tensor) -> float:
+    """Return by how much ``other`` is not ``part`` with what unit i contributes times its weight, of the largest."""
+    largest, scaled = 0.0, False
     for name, (units, _) in TENSORS[type(part)].items():
         a, b = (getattr(factors, name).movedim(units, 0) for factors in (part, other))
         if torch.equal(a, b):  # an operand of data
@@ -93,8 +104,8 @@ def _follows(part: GradientFactors, other: GradientFactors, weights: Tensor) -> 
         n = len(weights)
         a, b = (torch.unflatten(tensor, 0, (n, -1)) for tensor in (a, b))
         expected = a * weights.to(a.dtype).view(-1, *[1] * (a.dim() - 1))
-        tolerance = max(_TOLERANCE, 4 * torch.finfo(weights.dtype).eps) * float(b.abs().max())
-        if float((expected - b).abs().max()) > tolerance:
-            return False
+        largest = max(largest, float((expected - b).abs().max()) / float(b.abs().max()))
         scaled = True
-    return scaled or not any(bool(getattr(part, name).any()) for name in TENSORS[type(part)])
+    if scaled or not any(bool(getattr(part, name).any()) for name in TENSORS[type(part)]):
+        return largest
+    return math.inf

@@ -65,6 +65,18 @@ def recurrent_layer_with_time_first() -> Any:
 
 
 @case
+def gru_of_two_layers_behind_a_layer() -> Any:
+    """The rows of a recurrent layer have time outermost, and what comes into it is no leaf."""
+    model = Model(
+        lambda self, x: self.head(self.rnn(self.layer(x))[0]).mean(1),
+        layer=nn.Linear(3, 8),
+        rnn=nn.GRU(8, 8, 2, batch_first=True),
+        head=nn.Linear(8, 3),
+    )
+    return model, cross_entropy, pairs(5, 3)
+
+
+@case
 def transformer_encoder() -> Any:
     """PyTorch's own encoder."""
     layer = nn.TransformerEncoderLayer(4, 2, dim_feedforward=8, dropout=0.3, batch_first=True)

@@ -117,6 +117,7 @@ VMAP_CANNOT = set(
         "custom_function_that_differentiates_at_once",
         "custom_functions_of_parameters_alone",
         "experts_without_tokens",
+        "gru_of_two_layers_behind_a_layer",
         "head_and_loss_in_one",
         "head_that_is_transposed_and_its_loss_in_one",
         "item_as_an_argument",
