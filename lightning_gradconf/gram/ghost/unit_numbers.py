@@ -50,13 +50,14 @@ class UnitNumber:
     Args:
         values: Of the units; int, float, complex or bool.
         mode: The mode that remembers what was read.
+        ended: Set when the pass ends; that of this thread's pass by default.
     """
 
     __slots__ = ("_ended", "_mode", "_values")
 
-    def __init__(self, values: Sequence[Any], mode: UnitMode) -> None:
+    def __init__(self, values: Sequence[Any], mode: UnitMode, ended: threading.Event | None = None) -> None:
         self._values, self._mode = values, mode
-        self._ended: threading.Event = _THREAD.ended
+        self._ended: threading.Event = _THREAD.ended if ended is None else ended
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:  # what isinstance() asks for
@@ -174,8 +175,8 @@ class UnitNumber:
         columns = [other.of_each(n) if type(other) is UnitNumber else [other] * n for other in others]
         found = [function(*row) for row in zip(self._values, *columns, strict=True)]
         if isinstance(found[0], tuple):  # of divmod()
-            return tuple(UnitNumber(column, self._mode) for column in zip(*found, strict=True))
-        return UnitNumber(found, self._mode)
+            return tuple(UnitNumber(column, self._mode, self._ended) for column in zip(*found, strict=True))
+        return UnitNumber(found, self._mode, self._ended)
 
 
 def _category(tensor: Tensor) -> int:
