@@ -392,6 +392,26 @@ def test_under_autocast(dtype):
     assert error(got, measure(model, loss, batch, "loop")) < 2e-2
 
 
+@pytest.mark.parametrize("seed", [10, 14, 15, 18])
+def test_units_that_are_alike_are_told_apart_in_half_precision(seed):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.states, self.head = nn.Linear(8, 8), nn.GRU(8, 8, 2, batch_first=True), nn.Linear(8, 9)
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        states, _ = module.states(module.first(batch[0]))
+        return F.cross_entropy(module.head(states).flatten(0, 1), batch[1].flatten())
+
+    torch.manual_seed(seed)
+    module = Net().bfloat16()
+    x = (torch.randn(1, 4, 8) + 0.3 * torch.randn(5, 4, 8)).bfloat16()
+    y = torch.randint(0, 9, (1, 4)).expand(5, 4).clone()
+    got = measure(module, loss, (x, y))
+    want = measure(module.float(), loss, (x.float(), y), "loop")
+    assert error(got, want) < 0.02
+
+
 def test_a_loss_that_draws_gets_numbers_of_its_own_for_each_unit():
     model = Model(lambda self, x: self.layer(x + torch.randn_like(x)), layer=nn.Linear(4, 3)).double()
     gram = sum(measure(model, mean_square, torch.zeros(6, 4).double()).values())
