@@ -104,7 +104,7 @@ def _error(part: GradientFactors, other: GradientFactors, weights: Tensor) -> fl
         n = len(weights)
         a, b = (torch.unflatten(tensor, 0, (n, -1)) for tensor in (a, b))
         expected = a * weights.to(a.dtype).view(-1, *[1] * (a.dim() - 1))
-        largest = max(largest, float((expected - b).abs().max()) / float(b.abs().max()))
+        largest = max(largest, float((expected - b).abs().max()) / max(float(b.abs().max()), 1e-300))
         scaled = True
     if scaled or not any(bool(getattr(part, name).any()) for name in TENSORS[type(part)]):
         return largest

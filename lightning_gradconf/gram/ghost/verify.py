@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge
 from lightning_gradconf.gram.ghost import graph as graphs
 from lightning_gradconf.gram.ghost.factors import GradientFactors, materialize
 from lightning_gradconf.gram.ghost.graph import Edge
+from lightning_gradconf.gram.ghost.nodes import dtypes
 from lightning_gradconf.gram.objective import as_rows
 
 # Rounding errors by which a parameter's two sums may differ, in norms: of its own, and of the largest gradient.
@@ -119,6 +120,8 @@ def random_weights(like: Tensor, seed: int) -> Tensor:
 def _pulled(gradient: Tensor, source: Edge, leaf: Tensor) -> Tensor:
     node, number = source
     assert node is not None
-    seed = gradient.view(graphs.shape(source)).to(leaf.dtype)
+    kind = dtypes(node)[number]
+    numbers = torch.view_as_complex(gradient.view(-1, 2)) if kind.is_complex else gradient
+    seed = numbers.view(graphs.shape(source)).to(kind)
     (found,) = torch.autograd.grad([GradientEdge(node, number)], [leaf], [seed], retain_graph=True)
     return as_rows(found[None], 1)[0]

@@ -522,6 +522,22 @@ def fourier_layer_of_a_real_weight() -> Any:
 
 
 @case
+def fourier_layer_of_complex_weights() -> Any:
+    """As in FNO over images: complex parameters for the low frequencies at both ends of one axis."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft2(self.lift(x).movedim(-1, 1))
+        out = torch.zeros_like(spectrum)
+        out[:, :, :2, :2] = torch.einsum("bixy,ioxy->boxy", spectrum[:, :, :2, :2], self.low)
+        out[:, :, -2:, :2] = torch.einsum("bixy,ioxy->boxy", spectrum[:, :, -2:, :2], self.high)
+        return self.head(torch.fft.irfft2(out, s=(4, 4)).movedim(1, -1).tanh())
+
+    parts = {name: nn.Parameter(torch.randn(3, 3, 2, 2, dtype=torch.cdouble)) for name in ("low", "high")}
+    ends = {"lift": nn.Linear(1, 3).double(), "head": nn.Linear(3, 1).double()}
+    return Model(forward, **ends, **parts), mean_square, inputs(4, 4, 1)
+
+
+@case
 def state_space_of_diagonal_matrices() -> Any:
     """As in S4D: a kernel of complex exponentials, from real parameters alone, by which a signal is filtered."""
 
