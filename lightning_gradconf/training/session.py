@@ -37,7 +37,13 @@ if TYPE_CHECKING:
 _MAX_FAILURES = 3
 # So many due steps in a row without enough samples are no longer one short batch at the end of an epoch.
 _MISSED = 2
+# So many due steps without a backward pass are no longer those between which gradients accumulate.
+_MAX_WITHOUT_LOSS = 50
 _LOSS_FN = "loss_fn=lambda module, batch: F.cross_entropy(module(batch[0]), batch[1])"
+_NO_LOSS = (
+    "no measurement took place: training_step called neither manual_backward nor backward(), so that there is no loss "
+    f"to measure. Pass the loss, such as {_LOSS_FN}."
+)
 
 
 class Session:
@@ -85,7 +91,7 @@ class Session:
         # The batch, its index and its step, where the end of an epoch may need them.
         self._last_batch: tuple[Any, int, int] | None = None
         self.sharded = is_sharded(module)
-        self._failures = 0
+        self._failures = self._without_loss = 0
         self._advice = ""
         self._said: set[str] = set()
         if self.sharded and (callback.labels is not None or callback.top_pairs):
@@ -178,6 +184,7 @@ class Session:
             self._count_failure(error)
             return []
         if not measurements:
+            self._count_step_without_loss()
             return []
         measurements = [replace(measurement, seconds=self.overhead.elapsed()) for measurement in measurements]
         if self.source.remark is not None:
@@ -255,13 +262,12 @@ class Session:
         """Report the run as a whole, or say that nothing was ever measured, and leave the process group."""
         conclude(self)
         if self.active and self.n is None and not self._said:
-            if self.loss.manual is not None and self.loss.manual.without_losses:
-                why = "training_step called neither manual_backward nor backward(), so that there is no loss to "
-                why += f"measure. Pass the loss, such as {_LOSS_FN}."
-            else:
-                why = f"{self.source.seen} units of unit_size={self.callback.unit_size!r} were seen, too few. Lower "
-                why += "num_units or unit_size, or train longer."
-            self.warn_once(f"no measurement took place: {why}")
+            self.warn_once(
+                _NO_LOSS
+                if self.loss.manual is not None and self.loss.manual.without_losses
+                else f"no measurement took place: {self.source.seen} units of unit_size={self.callback.unit_size!r} "
+                "were seen, too few. Lower num_units or unit_size, or train longer."
+            )
         self.ranks.leave()
 
     def _say_if_batches_became_smaller(self) -> None:
@@ -320,6 +326,15 @@ class Session:
             remedy = f". With manual optimization it helps to pass the loss, such as {_LOSS_FN}."
         remedy = self._advice or f"After {_MAX_FAILURES} failures in a row it stops trying{remedy}"
         self._warn_of_error("a measurement failed", error, remedy)
+
+    def _count_step_without_loss(self) -> None:
+        """Give up on a manually optimised step that takes no backward pass: each attempt costs a forward pass."""
+        manual = self.loss.manual
+        if manual is None or self.n is not None or not self.ranks.minimum(manual.without_losses):
+            return
+        self._without_loss += 1
+        if self._without_loss == _MAX_WITHOUT_LOSS:
+            self.switch_off(_NO_LOSS)
 
     def switch_off(self, reason: str) -> None:
         """Measure nothing more in this run, and say why."""

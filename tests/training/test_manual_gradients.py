@@ -214,6 +214,20 @@ def test_a_run_without_a_backward_pass_says_so_at_its_end() -> None:
     assert confusion.last_gram is None
 
 
+def test_a_step_without_a_backward_pass_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "_MAX_WITHOUT_LOSS", 2)
+    calls = []
+
+    class Counted(TakesGradients):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            calls.append(batch_idx)
+            super().training_step(batch, batch_idx)
+
+    with pytest.warns(UserWarning, match="neither manual_backward nor backward"):
+        fit(Counted(), steps=4)
+    assert len(calls) == 4 + 2
+
+
 def test_the_same_run_is_measured_with_its_loss() -> None:
     torch.manual_seed(0)
     _, rows, copies = fit(TakesGradients(), steps=1, loss_fn=lambda module, batch: module.generator_loss(batch))
