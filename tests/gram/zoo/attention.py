@@ -392,3 +392,25 @@ def encoder_with_padding() -> Any:
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     lengths = [[5, 2, 3, 1, 4, n] for n in (5, 3, 1, 2)]
     return Model(forward, encoder=encoder), mean_square, [(normal(5, 4), until(n).double()) for n in lengths]
+
+
+@case
+def frozen_encoder_of_padded_texts() -> Any:
+    """Features of an encoder in evaluation mode, which PyTorch computes on its fast path, with nested tensors."""
+    layer = nn.TransformerEncoderLayer(4, 2, dim_feedforward=8, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval().requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.nested.nested_tensor([torch.zeros(1)])  # PyTorch says once that they are a prototype
+
+    def forward(self: Any, batch: Any) -> Tensor:
+        x, hidden = batch
+        with torch.no_grad():
+            features = self.encoder(x, src_key_padding_mask=hidden)
+        return self.head(features.masked_fill(hidden[..., None], 0).sum(1))
+
+    def batch() -> Any:
+        lengths = torch.randint(2, 6, (SAMPLES,))
+        return normal(5, 4), torch.arange(5) >= lengths[:, None]
+
+    return Model(forward, encoder=encoder, head=nn.Linear(4, 3)), mean_square, four(batch)
