@@ -1,4 +1,4 @@
-"""State of the whole process: what random generators there are, and which warnings are shown."""
+"""State of the whole process: its random generators, which warnings are shown, and which ways PyTorch takes."""
 
 from __future__ import annotations
 
@@ -41,3 +41,14 @@ def random_states() -> list[tuple[Callable[[Any], Any], Any]]:
     if torch.backends.mps.is_available():
         states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
     return states
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Let encoders in evaluation mode compute as in training: PyTorch's fast path for them has no rule for vmap."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

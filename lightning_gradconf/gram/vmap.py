@@ -16,7 +16,7 @@ from lightning_gradconf.gram.ghost import graph as graphs
 from lightning_gradconf.gram.module_state import rewinder
 from lightning_gradconf.gram.objective import Objective, as_rows, take_attributes
 from lightning_gradconf.gram.plain_autograd import disagreement, in_words
-from lightning_gradconf.gram.process_state import without_warnings
+from lightning_gradconf.gram.process_state import without_fast_path, without_warnings
 from lightning_gradconf.gram.replayed_draws import Recorder
 
 
@@ -55,7 +55,7 @@ def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, 
         # Attention on a CPU has no batching rule: torch says so each time, and is right and not much slower.
         recorder = None if compared else Recorder(0, len(units), objective.device)
         quiet = without_warnings("There is a performance drop because")
-        with shared_draws.refused(generators), quiet, recorder or nullcontext():
+        with shared_draws.refused(generators), quiet, without_fast_path(), recorder or nullcontext():
             found, losses = per_unit(parameters, *tensors)
         rewind()
         objective.check_leaves(graphs.leaves(losses.grad_fn))

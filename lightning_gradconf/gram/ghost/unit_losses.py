@@ -6,8 +6,8 @@ statistics of BatchNorm need no thought. Below vmap, PyTorch records an ordinary
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from lightning_gradconf.gram.ghost.functorch import batched, check_available
 from lightning_gradconf.gram.ghost.unit_mode import Line, UnitMode, memory_of
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.objective import Objective
-from lightning_gradconf.gram.process_state import without_warnings
+from lightning_gradconf.gram.process_state import without_fast_path, without_warnings
 from lightning_gradconf.gram.replayed_draws import Recorder
 
 Tensors = Mapping[str, Tensor]
@@ -113,17 +113,6 @@ def forward(
     return found
 
 
-@contextmanager
-def _without_fast_path() -> Iterator[None]:
-    """Let encoders in evaluation mode compute as in training: PyTorch's fast path for them has no rule for vmap."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-
-
 def _forward(
     objective: Objective,
     leaves: Mapping[str, Tensor],
@@ -153,7 +142,7 @@ def _forward(
     quiet: AbstractContextManager[None] = without_warnings("There is a performance drop because")
     recorder = None if recorded is None else Recorder(recorded, n, objective.device)
     try:
-        with vmappable(n), quiet, _without_fast_path(), recorder or nullcontext(), unit_mode:
+        with vmappable(n), quiet, without_fast_path(), recorder or nullcontext(), unit_mode:
             losses = vmap(loss, randomness="different")(*tensors)
     except RuntimeError as error:
         with torch._C.DisableTorchFunction():
