@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from sklearn.preprocessing import StandardScaler
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from lightning_gradconf import GradientConfusionCallback
 
@@ -91,6 +93,46 @@ def test_datasets_data_modules_the_trainer_and_callbacks_are_put_back(source):
     assert data.samples.level == other.count == 6
     for holder in (data, data.samples, trainer, other):
         assert holder.seen == [0, 0, 1, 2, 0, 1, 2]
+
+
+class Weighs(Net):
+    """Keeps weights of samples and statistics in tensors, arrays and dictionaries that are not the module's."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        trainer = self.trainer
+        sampler, (other, *_) = trainer.train_dataloader.sampler, trainer.callbacks
+        statistics = vars(other).setdefault("statistics", {"mean": torch.zeros(2), "steps": 0})
+        loss = super().training_step(batch, batch_idx)
+        with torch.no_grad():
+            sampler.weights[batch_idx] += 1
+            statistics["mean"] += 1
+        statistics["steps"] += 1
+        trainer.datamodule.errors[batch_idx] += 1
+        trainer.datamodule.recent.append(batch_idx)
+        return loss * sampler.weights[batch_idx]
+
+
+class WeighedData(Data):
+    def __init__(self, batch_size: int) -> None:
+        super().__init__(batch_size)
+        self.errors, self.recent = np.zeros(3), deque([9], 2)
+
+    def train_dataloader(self) -> Any:
+        sampler = WeightedRandomSampler(torch.ones(len(self.samples)), len(self.samples))
+        return DataLoader(self.samples, self.batch_size, sampler=sampler)
+
+
+@pytest.mark.parametrize("source", ["current", "fresh"])
+def test_tensors_arrays_and_dictionaries_beside_the_module_are_put_back(source: str) -> None:
+    torch.manual_seed(0)
+    confusion = GradientConfusionCallback(every_n_train_steps=1, num_units=6, source=source)
+    trainer, data = pl.Trainer(max_epochs=1, callbacks=[Other(), confusion], **QUIET), WeighedData(8)
+    trainer.fit(Weighs(), datamodule=data)
+    assert confusion.last_step == 2
+    statistics = trainer.callbacks[0].statistics
+    assert trainer.train_dataloader.sampler.weights[:4].tolist() == [2, 2, 2, 1]
+    assert statistics["mean"].tolist() == [3, 3] and statistics["steps"] == 3
+    assert data.errors.tolist() == [1, 1, 1] and list(data.recent) == [1, 2]
 
 
 class FrozenAtFirst(Net):
