@@ -151,6 +151,8 @@ def _forward(
                 raise
         return None
     finally:
+        with torch._C.DisableTorchFunction():
+            unit_mode.release()
         if unit_mode.differ is not None:  # also where the user's code has caught it, or made another error of it
             raise unit_mode.differ
     numbers = None if recorder is None else recorder.checked()

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import sys
 import types
+import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.autograd.graph import Node
 
 from lightning_gradconf.gram.ghost import autograd_calls, batching_rules
 from lightning_gradconf.gram.ghost.agreement import UnitsDiffer
-from lightning_gradconf.gram.ghost.functorch import batched, behind, is_batched
+from lightning_gradconf.gram.ghost.functorch import batched, behind, in_front, is_batched
 from lightning_gradconf.gram.ghost.unit_numbers import UnitNumber
 from lightning_gradconf.gram.ghost.value_reads import READS
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
@@ -61,6 +62,7 @@ class UnitMode(MeasurementMode):
         self.nodes: dict[Node, bool] = {}
         self.made: list[tuple[Line, int | None]] = []
         self._own_at = own_at
+        self._results: list[weakref.ref[Tensor]] = []
         self._open: set[Callable[..., Any]] = set()
 
     def __torch_function__(
@@ -118,9 +120,23 @@ class UnitMode(MeasurementMode):
                 with torch._C.DisableTorchFunction():
                     has_units = is_batched(tensor)
                     node = (behind(tensor) if has_units else tensor).grad_fn
+                if has_units:
+                    self._results.append(weakref.ref(tensor))
                 if node is not None:
                     self.nodes[node] = has_units
         return result
+
+    def release(self) -> None:
+        """Give tensors that outlive the pass the first unit's values: batched ones are of no use outside of vmap.
+
+        User code may keep them where no measurement cleans up, as in a list of its class.
+        """
+        alive = [tensor for result in self._results if (tensor := result()) is not None]
+        self._results.clear()  # what weak references point to cannot be exchanged
+        for tensor in alive:
+            if is_batched(tensor):
+                with suppress(RuntimeError):  # PyTorch itself holds it too, and nobody else may
+                    torch.utils.swap_tensors(tensor, in_front(tensor, self.n)[0].detach().clone())
 
 
 _RULES = {**READS, **batching_rules.RULES, **autograd_calls.RULES}

@@ -234,6 +234,29 @@ def test_a_cache_outside_of_the_module_holds_no_tensor_of_vmap():
     assert error(measure(module, loss, (tokens, lengths)), measure(module, loss, (tokens, lengths), "loop")) < 1e-5
 
 
+def test_tensors_that_a_class_keeps_are_ordinary_ones_afterwards():
+    class Net(nn.Module):
+        kept: list[Tensor] = []  # noqa: RUF012  # of the class, so that no measurement puts it back
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+    def loss(module: Any, x: Tensor) -> Tensor:
+        out = module.layer(x)
+        found = out.square().mean()
+        module.kept += [found.detach(), found, out.argmax(1)[0]]
+        return found
+
+    torch.manual_seed(0)
+    module, x = Net(), torch.randn(5, 4)
+    assert used(module, loss, x) == "ghost"
+    detached, whole, chosen = Net.kept[3:6]  # after the three of a unit alone
+    want = module.layer(x[:1])
+    torch.testing.assert_close(torch.stack([detached, whole]), want.square().mean().detach().expand(2))
+    assert torch.stack([chosen]).tolist() == want.argmax(1).tolist()
+
+
 def test_units_of_two_shapes_share_two_passes():
     model = Model(lambda self, x: self.layer(x).mean(1), layer=nn.Linear(4, 3)).double()
     units = [torch.randn(1, length, 4).double() for length in (3, 5, 3, 5, 5)]
