@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
 
 from lightning_gradconf.gram.metric_answers import metric_classes
-from lightning_gradconf.gram.process_state import random_states
+from lightning_gradconf.gram.process_state import random_states, torch_states
 from lightning_gradconf.gram.restoring import restore_mapping
 from lightning_gradconf.gram.shared_draws import states_of_python
 
@@ -108,7 +108,4 @@ def _copy(value: Any) -> Any:
 
 def _states() -> list[Any]:
     """Return the states of the random generators that layers draw from, to be compared."""
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_initialized():
-        states += torch.cuda.get_rng_state_all()
-    return [*states_of_python(), *(state.tolist() for state in states)]
+    return [*states_of_python(), *(state.tolist() for state in torch_states())]

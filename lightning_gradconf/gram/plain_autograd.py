@@ -44,7 +44,7 @@ def disagreement(
         kinds.update(graphs.precisions(graphs.nodes(loss.grad_fn)))
         return loss
 
-    with Replayer(numbers, objective.device) as replayer:
+    with Replayer(numbers) as replayer:
         rows = loop.unit_gradients(replace(objective, loss_fn=loss_fn), [unit])
     if not replayer.has_fitted:
         return {}
@@ -54,7 +54,7 @@ def disagreement(
     errors = {name: float((row[0] - gradients[name]).norm()) for name, row in rows.items()}
     allowed = {name: own * norm + of_largest * max(norms.values()) for name, norm in norms.items()}
     if any(errors[name] > allowed[name] for name in errors):
-        with Replayer(numbers, objective.device):
+        with Replayer(numbers):
             moved = loop.unit_gradients(_rounded(objective, precision), [unit])
         allowed = {name: allowed[name] + _CONDITION * float((moved[name] - row).norm()) for name, row in rows.items()}
     return {name: error / max(norms[name], 1e-300) for name, error in errors.items() if error > allowed[name]}

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -34,6 +35,16 @@ def random_states() -> list[tuple[Callable[[Any], Any], Any]]:
     states: list[tuple[Callable[[Any], Any], Any]] = [(random.setstate, random.getstate())]
     if (numpy := sys.modules.get("numpy")) is not None:
         states.append((numpy.random.set_state, numpy.random.get_state()))
+    return [*states, *_of_torch()]
+
+
+def torch_states() -> list[Tensor]:
+    """Return the states of the random generators of PyTorch, to be compared."""
+    return [part for _, state in _of_torch() for part in (state if isinstance(state, list) else [state])]
+
+
+def _of_torch() -> list[tuple[Callable[[Any], Any], Any]]:
+    states: list[tuple[Callable[[Any], Any], Any]] = []
     states.append((torch.set_rng_state, torch.get_rng_state()))
     for backend in (torch.cuda, getattr(torch, "xpu", None)):
         if backend is not None and backend.is_available() and backend.is_initialized():

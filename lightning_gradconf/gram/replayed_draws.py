@@ -12,19 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_gradconf.gram.process_state import torch_states
+
 
 class _Watching(TorchDispatchMode):
     """Calls `drawn` with the result of every operation that has drawn from a global generator.
 
     Attention that could drop something is not one if it drops nothing, so the state of the generator tells.
-
-    Args:
-        device: Where the module is.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._device = device
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -35,9 +33,9 @@ class _Watching(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
-        before = _states(self._device)
+        before = torch_states()
         result = func(*args, **kwargs)
-        if not _equal(before, _states(self._device)):
+        if not _equal(before, torch_states()):
             self.drawn(result, before)
         return result
 
@@ -52,20 +50,19 @@ class Recorder(_Watching):
     Args:
         unit: Which one.
         n: How many there are.
-        device: Where the module is.
     """
 
-    def __init__(self, unit: int, n: int, device: torch.device) -> None:
-        super().__init__(device)
+    def __init__(self, unit: int, n: int) -> None:
+        super().__init__()
         self._numbers: list[Tensor | None] = []
         self._unit, self._n = unit, n
-        self._state = _states(device)
+        self._state = torch_states()
         self._is_seeded = False
 
     def drawn(self, result: Any, before: list[Tensor]) -> None:
         """Keep the unit's part of ``result``, ``(n, ...)``, and note whether somebody has set the state before."""
         self._is_seeded |= not _equal(before, self._state)
-        self._state = _states(self._device)
+        self._state = torch_states()
         has_units = isinstance(result, Tensor) and result.dim() > 0 and len(result) == self._n
         self._numbers.append(result[self._unit].clone() if has_units else None)
 
@@ -85,11 +82,10 @@ class Replayer(_Watching):
 
     Args:
         numbers: Of `Recorder`.
-        device: Where the module is.
     """
 
-    def __init__(self, numbers: Sequence[Tensor | None], device: torch.device) -> None:
-        super().__init__(device)
+    def __init__(self, numbers: Sequence[Tensor | None]) -> None:
+        super().__init__()
         self._numbers, self._next, self._fits = numbers, 0, True
 
     def drawn(self, result: Any, before: list[Tensor]) -> None:
@@ -105,12 +101,6 @@ class Replayer(_Watching):
     def has_fitted(self) -> bool:
         """Whether all that was recorded was drawn, and no more."""
         return self._fits and self._next == len(self._numbers)
-
-
-def _states(device: torch.device) -> list[Tensor]:
-    """Return the states of the global generators that a module on ``device`` draws from, to be compared."""
-    states = [torch.get_rng_state()]
-    return states if device.type != "cuda" else [*states, torch.cuda.get_rng_state(device)]
 
 
 def _equal(states: list[Tensor], others: list[Tensor]) -> bool:

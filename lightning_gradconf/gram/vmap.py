@@ -53,7 +53,7 @@ def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, 
 
         per_unit = vmap(grad(loss, has_aux=True), in_dims=(None, *[0] * len(tensors)), randomness="different")
         # Attention on a CPU has no batching rule: torch says so each time, and is right and not much slower.
-        recorder = None if compared else Recorder(0, len(units), objective.device)
+        recorder = None if compared else Recorder(0, len(units))
         quiet = without_warnings("There is a performance drop because")
         with shared_draws.refused(generators), quiet, without_fast_path(), recorder or nullcontext():
             found, losses = per_unit(parameters, *tensors)

@@ -60,7 +60,7 @@ def test_a_unit_alone_has_the_gradient_that_it_has_among_the_others(noise: str, 
     def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         return target.at(parameters, x, lambda loss: loss)
 
-    with Recorder(1, len(x), target.device) as recorder:
+    with Recorder(1, len(x)) as recorder:
         gradients = torch.func.vmap(torch.func.grad(loss), (None, 0), randomness="different")(target.parameters, x)
     right, wrong = ({name: rows[i].detach().flatten() for name, rows in gradients.items()} for i in (1, 2))
     assert recorder.checked()
@@ -70,9 +70,9 @@ def test_a_unit_alone_has_the_gradient_that_it_has_among_the_others(noise: str, 
 
 def test_numbers_of_another_unit_are_not_taken() -> None:
     x = torch.zeros(N, 4)
-    with Recorder(2, N, x.device) as recorder:
+    with Recorder(2, N) as recorder:
         drawn = torch.func.vmap(lambda x: x + torch.randn(4), randomness="different")(x)
-    with Replayer(recorder.checked(), x.device) as replayer:
+    with Replayer(recorder.checked()) as replayer:
         again = torch.randn(4)
     assert replayer.has_fitted
     assert torch.equal(again, drawn[2])
@@ -80,7 +80,7 @@ def test_numbers_of_another_unit_are_not_taken() -> None:
 
 @pytest.mark.parametrize("draws", [0, 2])
 def test_other_draws_do_not_fit(draws: int) -> None:
-    with Replayer([torch.ones(3)], torch.device("cpu")) as replayer:
+    with Replayer([torch.ones(3)]) as replayer:
         for _ in range(draws):
             torch.randn(3)
     assert not replayer.has_fitted
@@ -88,7 +88,7 @@ def test_other_draws_do_not_fit(draws: int) -> None:
 
 def test_attention_that_drops_nothing_draws_nothing() -> None:
     q = torch.randn(1, 2, 3, 4)
-    with Recorder(0, 1, q.device) as recorder:
+    with Recorder(0, 1) as recorder:
         F.scaled_dot_product_attention(q, q, q)
         F.dropout(q, 0.0)
     assert recorder.checked() == []

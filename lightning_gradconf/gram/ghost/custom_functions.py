@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_gradconf.gram.ghost.functorch import batched, below_vmap, in_front, is_batched
 from lightning_gradconf.gram.ghost.unit_numbers import UnitNumber, in_a_pass
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
-from lightning_gradconf.gram.process_state import random_states
+from lightning_gradconf.gram.process_state import torch_states
 
 _UNIT = "unit of lightning_gradconf"
 # What runs around a checkpoint without reentry, by the name that a release of torch has for it.
@@ -135,16 +135,11 @@ def _once(function: Callable[[], Any]) -> Any:
         NotImplementedError: It draws random numbers, which each unit would have to have of its own.
     """
     with _outside():
-        before = _random_tensors()
+        before = torch_states()
         result = function()
-        if not all(map(torch.equal, before, _random_tensors())):
+        if not all(map(torch.equal, before, torch_states())):
             raise NotImplementedError("a custom autograd Function of parameters alone draws random numbers")
     return result
-
-
-def _random_tensors() -> list[Tensor]:
-    """Return the states of PyTorch's own random generators."""
-    return [leaf for leaf in tree_leaves([state for _, state in random_states()]) if isinstance(leaf, Tensor)]
 
 
 def _has_units(value: Any) -> bool:

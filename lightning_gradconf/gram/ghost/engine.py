@@ -45,7 +45,6 @@ log = logging.getLogger("lightning_gradconf")
 Factors = dict[str, list[GradientFactors]]
 _MOST_GROUPS = 4  # more passes of fewer units are slower than the loop
 
-_COARSE = 1e-4  # of half precision the rounding is larger, and of others smaller
 _ATTEMPTS = 4  # at finding where the units lie
 _REMEMBERED = 256  # graphs, and shapes of units
 
@@ -241,8 +240,7 @@ class _Measurement:
             raise NotImplementedError(f"torch {torch.__version__} has other names for what runs around a checkpoint")
         if places.free:
             graph = self._read(forward, places.free)
-        coarse = torch.finfo(graphs.coarsest(graph.order)).eps > _COARSE
-        if coarse:  # a sum of gradients that are alike says little of where the units lie, and entries of deltas much
+        if graphs.is_coarse(graph.order):  # entries of deltas say where the units lie, and a sum of gradients little
             search(forward.losses, graph, random_weights(forward.losses, self.findings.measurements), (), places)
         found, proof, failed = self._tried(forward, graph, places, keep_graph=False)
         if failed or found.missing:  # hardly ever, so the graph was not kept for it

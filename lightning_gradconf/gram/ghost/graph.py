@@ -22,6 +22,7 @@ from lightning_gradconf.gram.ghost.nodes import dtypes, saved, shapes, unpacks, 
 # some other order. In all three cases inner products are those of the parameter.
 Layout = Literal["same", "transposed", "moved"]
 
+_COARSE = 1e-4  # half precision rounds by more, and the other types by far less
 _SAME_ORDER = {
     "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "SqueezeBackward0", "SqueezeBackward1",
     "SqueezeBackward2", "UnsqueezeBackward0", "ToCopyBackward0", "CloneBackward0", "AliasBackward0",
@@ -171,6 +172,11 @@ def precisions(nodes: Sequence[Node]) -> set[torch.dtype]:
 def coarsest(nodes: Sequence[Node]) -> torch.dtype:
     """Return the least precise of the `precisions`."""
     return max(precisions(nodes), key=lambda kind: torch.finfo(kind).eps)
+
+
+def is_coarse(nodes: Sequence[Node]) -> bool:
+    """Return whether anything is in half precision, whose rounding may hide a wrong place of the units."""
+    return torch.finfo(coarsest(nodes)).eps > _COARSE
 
 
 def nodes(root: Node | None) -> list[Node]:

@@ -31,10 +31,8 @@ _ROUNDINGS, _MARGIN = 16, 4
 
 def search(losses: Tensor, graph: Graph, weights: Tensor, parameters: Collection[str], places: Places) -> bool:
     """Put into ``places`` where the units lie in the uses of some parameters; return whether that changed anything."""
-    precision = max(graphs.precisions(graph.order), key=lambda kind: torch.finfo(kind).eps)
-    everywhere = torch.finfo(precision).eps > _TOLERANCE / 2  # rounding may hide other wrong places from the proof
     lost = {i: use for i, use in enumerate(graph.uses) if use.free.parameters & set(parameters)}
-    uses = dict(enumerate(graph.uses)) if everywhere else lost
+    uses = dict(enumerate(graph.uses)) if graphs.is_coarse(graph.order) else lost
     nodes = list(dict.fromkeys(use.node for use in uses.values()))
     ones, weighted = (_deltas(losses, nodes, seed) for seed in (torch.ones_like(losses), weights))
     before = dict(places.guesses), set(places.free)

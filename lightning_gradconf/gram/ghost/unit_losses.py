@@ -140,7 +140,7 @@ def _forward(
         return objective.at({**leaves, **constants}, unit, lambda loss: loss)
 
     quiet: AbstractContextManager[None] = without_warnings("There is a performance drop because")
-    recorder = None if recorded is None else Recorder(recorded, n, objective.device)
+    recorder = None if recorded is None else Recorder(recorded, n)
     try:
         with vmappable(n), quiet, without_fast_path(), recorder or nullcontext(), unit_mode:
             losses = vmap(loss, randomness="different")(*tensors)
