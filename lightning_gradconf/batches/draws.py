@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
-from lightning_gradconf.batches.iterators import iterator_in
+from lightning_gradconf.batches.feed import Feed
 from lightning_gradconf.batches.loaders import (
     MORE,
-    Feed,
     collate,
     combined,
     draw_indices,
@@ -40,7 +39,7 @@ def draw(
         feed: What the run trains on.
         num_units: How many units; fewer if the dataset is smaller.
         unit_size: Samples in a unit; ``"batch"`` is as many as in a batch of the loader.
-        seed: Whatever the draw shall depend on, and nothing else does it depend on.
+        seed: Numbers that determine the draw; it depends on nothing else.
         indices: Those of an earlier draw from the only loader, for each unit; None draws them.
 
     Raises:
@@ -55,10 +54,10 @@ def draw(
                 f"{type(loader).__name__} over {type(getattr(loader, 'dataset', None)).__name__}; use "
                 "source='current', or pass a DataLoader as source"
             )
-    if (found := iterator_in(feed.loaders)) is not None:
+    if feed.iterator is not None:
         raise ValueError(
-            f"{found}; source='fresh' and 'fixed' read items out of turn, which would advance it, and it cannot be "
-            "turned back; use source='current'"
+            f"{feed.iterator}; source='fresh' and 'fixed' read items out of turn, which would advance it, and it "
+            "cannot be turned back; use source='current'"
         )
     sizes = dict.fromkeys(loaders, None) if unit_size == "batch" else shares(loaders, int(unit_size))
     groups: dict[str, Iterable[Sequence[Any]]] = {}

@@ -14,7 +14,7 @@ from lightning_gradconf.batches.samples import WHOLE
 _OWNERS: Final = ("dataset", "sampler", "batch_sampler")
 # What wrappers such as Subset, ConcatDataset and BatchSampler call that which they wrap.
 _WRAPPED: Final = (*_OWNERS, "datasets", "data_source")
-# So many objects are looked at, and so many entries of a container.
+# At most this many objects are searched, and this many entries of a container.
 _MOST: Final = 100
 
 
@@ -68,6 +68,6 @@ def _entries(value: Any) -> Iterator[tuple[str, Any]]:
 def _is_position(value: Any) -> bool:
     """Return whether an object is a generator or another iterator of Python, whose position cannot be put back.
 
-    Files, readers and cursors are iterators too, but of other modules, and are mostly moved to where they are read.
+    Files and database cursors are iterators too. They do not count: most code moves them to a position before reading.
     """
     return isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools")

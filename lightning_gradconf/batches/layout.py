@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_gradconf.batches.iterators import iterator_in
+from lightning_gradconf.batches.feed import Feed
 from lightning_gradconf.batches.loaders import (
-    Feed,
     batch_size,
     collate,
     combined,
@@ -23,7 +22,7 @@ from lightning_gradconf.batches.loaders import (
 )
 from lightning_gradconf.batches.samples import ENTRIES, WHOLE, SamplePlaces, assume, count, cut, part
 from lightning_gradconf.batches.structure import children, is_array, same
-from lightning_gradconf.batches.units import Origin, Unit
+from lightning_gradconf.batches.units import Origin, Unit, copy_of
 
 _ITEMS = 3
 
@@ -42,8 +41,9 @@ class Layout:
     def __init__(self, feed: Feed, loaders: Any) -> None:
         self._loaders = loaders_in(loaders)
         self._learned: SamplePlaces | None = None
+        self._largest: dict[str, int] = {}
         self.reason: str | None = None
-        if loaders is feed.loaders and iterator_in(loaders) is not None:
+        if loaders is feed.loaders and feed.iterator is not None:
             return  # nothing may be read, so samples are taken to lie on dimension 0, as in a stream
         try:
             self._learned = learn_places(loaders, feed.prepare)
@@ -53,8 +53,8 @@ class Layout:
     def placed(self, batch: Any) -> tuple[SamplePlaces, dict[str, int]]:
         """Return where the samples of a batch lie, and how many each part has.
 
-        A batch that is not of the structure that was learned, because its loader changes what ``collate_fn`` returns,
-        is one of an unknown loader if that gives it the loader's batch size.
+        The loader may replace what ``collate_fn`` returns, so that a batch has another structure than was learned. Then
+        the samples are taken to lie on dimension 0, provided that this gives the batch size of the loader.
 
         Raises:
             ValueError: The samples cannot be told.
@@ -92,7 +92,22 @@ class Layout:
             for i, own in enumerate(cut(batch, places, sizes, num_units))
         ]
 
-    def counts(self, batch: Any, batch_idx: int) -> dict[str, int]:
+    def compare(self, batch: Any, batch_idx: int) -> int:
+        """Return -1 if a batch is shorter than an earlier one, 1 if it is larger than all of them, and 0 otherwise."""
+        sizes = self._counts(batch, batch_idx)
+        if any(size < self._largest.get(path, 0) for path, size in sizes.items()):
+            return -1
+        is_larger = any(size > self._largest.get(path, size) for path, size in sizes.items())
+        self._largest |= sizes
+        return int(is_larger)
+
+    def whole(self, batch: Any, batch_idx: int) -> Unit:
+        """Return a batch as one unit: a copy, whose samples need not be told."""
+        sizes = self._counts(batch, batch_idx)
+        first = next(iter(sizes.values()), 0)
+        return Unit(copy_of(batch), Origin(tuple(range(first)), batch_idx), min(sizes.values(), default=None))
+
+    def _counts(self, batch: Any, batch_idx: int) -> dict[str, int]:
         """Return how many samples each part of a batch has, without those that cannot be told."""
         try:
             return self.placed(batch)[1]

@@ -7,9 +7,7 @@ Items are read from the dataset in the main process and go through the loader's 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Final
 
@@ -26,45 +24,11 @@ from torch.utils.data import (
 
 from lightning_gradconf.batches.samples import WHOLE
 from lightning_gradconf.batches.structure import children, deep_copy_of, rebuild
-from lightning_gradconf.batches.units import num_samples
 
-# Of a sampler that does not say how long it is, over data that do not either, no more indices are taken than this.
+# At most this many indices are taken of a sampler where neither it nor its dataset says how long it is.
 _ENDLESS: Final = 10_000
-# So many more items, or groups of them, are looked at in the place of items that are missing.
+# At most this many more items, or groups of them, are read in the place of items that are missing.
 MORE: Final = 100
-
-
-@dataclass(frozen=True)
-class Feed:
-    """What a run trains on.
-
-    Attributes:
-        loaders: The training loader, or loaders nested in the lists and dictionaries that their batches come in.
-        prepare: What makes of a collated batch the one that the training step gets: on the device, in the precision of
-            the run, after the user's hooks.
-        isolated: ``isolated(loaders)`` is a context that puts back what reading items changes.
-        batches: How many there are in an epoch.
-        rank: The number of this process.
-        overfitted: How many batches, the first of the loader, are all that is trained on; None if it is all of them.
-    """
-
-    loaders: Any
-    prepare: Callable[[Any], Any] = lambda batch: batch
-    isolated: Callable[[Any], AbstractContextManager[Any]] = nullcontext
-    batches: float = float("inf")
-    rank: int = 0
-    overfitted: int | None = None
-
-    def samples_of(self, batch: Any, batch_idx: int) -> int | None:
-        """Return how many samples a batch in training has, None if that cannot be told."""
-        sizes = [samples_at(loader, batch_idx) for loader in loaders_in(self.loaders).values()]
-        known = [size for size in sizes if size is not None]
-        if len(known) == len(sizes):
-            return min(known)
-        try:
-            return num_samples(batch)
-        except ValueError:
-            return None
 
 
 def loaders_in(structure: Any, path: str = WHOLE) -> dict[str, Any]:

@@ -1,18 +1,18 @@
-"""The units that a run compares: of the batches in training, drawn, or of a loader of the user's."""
+"""The units that a run compares: of the batches in training, drawn from the dataset, or of the user's own loader."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from lightning_gradconf.batches.draws import draw, first_of
-from lightning_gradconf.batches.iterators import iterator_in
+from lightning_gradconf.batches.feed import Feed
 from lightning_gradconf.batches.layout import Layout
-from lightning_gradconf.batches.loaders import Feed, has_items, loaders_in, seed_everything
-from lightning_gradconf.batches.units import Origin, Unit, copy_of, shapes_of
+from lightning_gradconf.batches.loaders import has_items, loaders_in, seed_everything
+from lightning_gradconf.batches.recent_units import RecentUnits
+from lightning_gradconf.batches.units import Unit, shapes_of
 
 
 class Source:
@@ -41,15 +41,12 @@ class Source:
         fixed_indices: Sequence[Sequence[Any]] | None = None,
     ) -> None:
         self._kind, self._unit_size, self._num_units, self._seed = kind, unit_size, num_units, seed
-        self._over_batches = over_batches or unit_size == "batch"
-        self._recent: deque[Unit] = deque()
-        self._layout: Layout | None = None
-        self._largest: dict[str, int] = {}
+        self._recent = RecentUnits(unit_size, num_units, over_batches or unit_size == "batch")
+        self._layout: Layout | None = None  # of the user's own loader
         self._last_cut: Unit | None = None
         self._error: Exception | None = None
         self._fixed: list[Unit] | None = None
         self._fixed_indices = fixed_indices
-        self._copies, self._num_short, self._regular = True, 0, True
         self._alone = False  # whether units are collated alone that were to be cut out of batches
         self.remark: str | None = None
 
@@ -78,41 +75,25 @@ class Source:
         Returns:
             Whether a unit is kept for a later measurement that would not be kept in a longer interval.
         """
-        if not self._cuts_current or not (due or self._over_batches):
+        if not self._cuts_current:
             return False
-        self._copies = due or self._is_near(left)
-        num_short = self._num_short
+        is_first = not self.seen
         try:
-            found = self._units_in(feed, batch, batch_idx)
-        except Exception as error:  # of this rank alone, to be raised where all ranks hear of it
+            kept = self._recent.see(feed, batch, batch_idx, due, left, last)
+        except ValueError as error:
+            if not self.collate_instead(feed, str(error)):
+                self._error = error  # of this rank alone, to be raised where all ranks hear of it
+            return False
+        except Exception as error:
             self._error = error
             return False
-        if self._num_short > num_short and not (last and batch_idx > 0):
-            self._regular = False
-        if not self._over_batches:
-            self._recent.clear()
-        elif self._recent.maxlen is None and found:
-            per_epoch = len(found) * feed.batches
-            self._recent = deque(maxlen=int(min(self._num_units, per_epoch)))
-        self._recent.extend(found)
-        return bool(found) and not due and left is not None and self._regular
-
-    def _is_near(self, left: int | None) -> bool:
-        """Return whether a batch may be a unit of the next measurement, which is so many steps away at least.
-
-        Of 2n + 1 batches in a row, n at least are units if none but the last of an epoch is too short to be one. As
-        soon as another one was too short, every batch may be needed, however far the measurement is.
-        """
-        n = self._recent.maxlen
-        return left is None or n is None or not self._regular or left <= 2 * n
+        if is_first and self.seen < 2 and self._unit_size == 1:
+            self.collate_instead(feed, "the first batch has one sample, and it takes two to disagree")
+        return kept
 
     def ready(self, n: int | None) -> bool:
         """Return whether there are n units; before n is known, as many as there can be, which then decides on n."""
-        if not self._cuts_current or self._error is not None:
-            return True
-        if n is not None:
-            return len(self._recent) >= n
-        return not self._over_batches or len(self._recent) == self._recent.maxlen
+        return not self._cuts_current or self._error is not None or self._recent.are_enough(n)
 
     def units(self, feed: Feed, wanted: int, step: int) -> list[Unit]:
         """Return the units of this rank to be measured at a step: ``wanted``, or all that there are."""
@@ -120,7 +101,9 @@ class Source:
             error, self._error = self._error, None
             raise error
         if self._cuts_current:
-            return list(self._recent)[-wanted:]
+            found = self._recent.last(wanted)
+            self._last_cut = found[-1] if found else None
+            return found
         if isinstance(self._kind, DataLoader):
             return self._read(feed, self._kind, wanted, step)
         if self._kind != "fixed":
@@ -182,7 +165,7 @@ class Source:
 
     def _must_not_read(self, feed: Feed) -> bool:
         """Return whether reading items would advance an iterator of the training, for good."""
-        return not isinstance(self._kind, DataLoader) and iterator_in(feed.loaders) is not None
+        return not isinstance(self._kind, DataLoader) and feed.iterator is not None
 
     def _can_collate(self, feed: Feed) -> bool:
         """Return whether units are cut out of batches now, and could be collated alone."""
@@ -207,42 +190,12 @@ class Source:
         seed_everything((self._seed, step, feed.rank))
         found: list[Unit] = []
         for batch_idx, batch in enumerate(loader):
-            found += self._units_of(self._layout, feed.prepare(batch), batch_idx, wanted - len(found))
+            batch = feed.prepare(batch)
+            if self._unit_size != "batch":
+                found += self._layout.units(batch, batch_idx, int(self._unit_size), wanted - len(found))
+            elif self._layout.compare(batch, batch_idx) >= 0:
+                found.append(self._layout.whole(batch, batch_idx))
             if len(found) == wanted:
                 break
+        self._last_cut = found[-1] if found else None
         return found
-
-    def _units_in(self, feed: Feed, batch: Any, batch_idx: int) -> list[Unit]:
-        """Return the units in a batch of the training; none where they are collated alone from now on."""
-        layout, num_units = self._layout, None if self._over_batches else self._num_units
-        if layout is None:
-            with feed.isolated([] if self._must_not_read(feed) else feed.loaders):
-                layout = Layout(feed, feed.loaders)
-        first, self._layout = self._layout is None, layout
-        try:
-            found = self._units_of(layout, batch, batch_idx, num_units)
-        except ValueError as error:
-            if not self.collate_instead(feed, str(error)):
-                raise
-            return []
-        if first and len(found) < 2 and self._unit_size == 1:
-            self.collate_instead(feed, "the first batch has one sample, and it takes two to disagree")
-        return found
-
-    def _units_of(self, layout: Layout, batch: Any, batch_idx: int, num_units: int | None) -> list[Unit]:
-        """Return the units in a batch; with ``unit_size="batch"`` it is one, unless it is shorter than others."""
-        if self._unit_size != "batch":
-            found = layout.units(batch, batch_idx, int(self._unit_size), num_units)
-            self._last_cut = found[-1] if found else None
-            return found
-        counts = layout.counts(batch, batch_idx)
-        if any(size < self._largest.get(path, 0) for path, size in counts.items()):
-            self._num_short += 1
-            return []
-        if any(size > self._largest.get(path, size) for path, size in counts.items()):  # those before were short
-            self._recent.clear()
-        self._largest |= counts
-        if not self._copies:
-            return []
-        first = next(iter(counts.values()), 0)
-        return [Unit(copy_of(batch), Origin(tuple(range(first)), batch_idx), min(counts.values(), default=None))]

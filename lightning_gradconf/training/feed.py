@@ -5,7 +5,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from lightning_gradconf.batches.loaders import Feed, changes, loaders_in
+from lightning_gradconf.batches.feed import Feed
+from lightning_gradconf.batches.loaders import changes, loaders_in
 from lightning_gradconf.training.isolation import no_trace
 
 if TYPE_CHECKING:

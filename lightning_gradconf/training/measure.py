@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_gradconf.batches.loaders import Feed
+from lightning_gradconf.batches.feed import Feed
 from lightning_gradconf.batches.sources import Source
 from lightning_gradconf.batches.units import Unit, class_of, copy_of
 from lightning_gradconf.gram.measurement_mode import MeasurementMode

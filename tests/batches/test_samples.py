@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, default_collate
 
+from lightning_gradconf.batches.feed import Feed
 from lightning_gradconf.batches.layout import Layout, learn_places
-from lightning_gradconf.batches.loaders import Feed
 from lightning_gradconf.batches.samples import assume, count, cut
 
 ROWS = [(torch.randn(5, generator=torch.Generator().manual_seed(i)), i % 3) for i in range(20)]

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gradconf.batches.draws import draw
-from lightning_gradconf.batches.loaders import Feed, loaders_in, shares
+from lightning_gradconf.batches.feed import Feed
+from lightning_gradconf.batches.loaders import loaders_in, shares
 
 
 def rows(n: int, seed: int) -> list[dict[str, Tensor]]:

@@ -13,7 +13,8 @@ from runs import PREFIX, QUIET, Data, Module, Rows, loader
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from lightning_gradconf import GradientConfusionCallback
-from lightning_gradconf.batches import sources
+from lightning_gradconf.batches import layout
+from lightning_gradconf.batches.recent_units import RecentUnits
 from lightning_gradconf.batches.sources import Source
 from lightning_gradconf.training import overhead
 from lightning_gradconf.training.overhead import Overhead
@@ -41,7 +42,7 @@ def fit(monkeypatch, data=None, copy_all=False, steps=100, callbacks=(), trainer
     """Train; return the step and the Gram of each measurement, the numbers of the batches copied, and the callback."""
     pl.seed_everything(3, verbose=False)
     copied, count = [], []
-    see, copy_of = Source.see, sources.copy_of
+    see, copy_of = Source.see, layout.copy_of
 
     def counted(self, *args):
         count.append(0)
@@ -53,9 +54,9 @@ def fit(monkeypatch, data=None, copy_all=False, steps=100, callbacks=(), trainer
 
     with monkeypatch.context() as patch:
         patch.setattr(Source, "see", counted)
-        patch.setattr(sources, "copy_of", noted)
+        patch.setattr(layout, "copy_of", noted)
         if copy_all:
-            patch.setattr(Source, "_is_near", lambda *_: True)
+            patch.setattr(RecentUnits, "_is_near", lambda *_: True)
         confusion = Keeps(**({"unit_size": "batch", "num_units": 2, "every_n_train_steps": 20} | options))
         rows = Rows()
         given = {"max_steps": steps, "max_epochs": -1, "logger": rows, "callbacks": [confusion, *callbacks]}
@@ -166,14 +167,14 @@ def test_units_are_the_same_after_resume(at, monkeypatch, tmp_path):
 
 
 def test_copies_count_as_time_of_the_measurement(monkeypatch):
-    now, copy_of = [0.0], sources.copy_of
+    now, copy_of = [0.0], layout.copy_of
 
     def slow(batch):
         now[0] += 1.0
         return copy_of(batch)
 
     monkeypatch.setattr(overhead, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(sources, "copy_of", slow)
+    monkeypatch.setattr(layout, "copy_of", slow)
     seconds = []
     finish = Overhead.finish
     monkeypatch.setattr(Overhead, "finish", lambda self, step: (finish(self, step), seconds.append(self._measuring)))
