@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import Node
 
 from lightning_gradconf.batches.units import copy_of
+from lightning_gradconf.gram.ghost import graph as graphs
 from lightning_gradconf.gram.module_state import rewinder
 from lightning_gradconf.gram.objective import Objective, as_rows, empty_rows, run_backward
 from lightning_gradconf.gram.restoring import restore_tensor
@@ -38,19 +39,17 @@ class Differentiator:
 
     def __call__(self, units: Sequence[Any]) -> dict[str, Tensor]:
         """Return the gradients of some units, ``{parameter name: (n, numel)}``."""
-        rows: dict[str, Tensor] = {}
-        for i, unit in enumerate(units):
-            found = self._gradient(unit)
-            for name, p in self._objective.parameters.items():
-                row = found.pop(name)
-                if len(units) == 1 and row is not None:  # it is a row already
-                    rows[name] = as_rows(row, 1)
-                    continue
-                if i == 0:
-                    rows[name] = empty_rows(p, len(units))
-                if row is not None:
-                    rows[name][i] = as_rows(row, 1)[0]
-        return rows
+        of_units = [self._row(unit) for unit in units]
+        if len(of_units) == 1:  # it need not be copied
+            return of_units[0]
+        return {name: torch.cat([rows.pop(name) for rows in of_units]) for name in self._objective.parameters}
+
+    def _row(self, unit: Any) -> dict[str, Tensor]:
+        found = self._gradient(unit)
+        return {
+            name: empty_rows(p, 1) if (gradient := found.pop(name)) is None else as_rows(gradient, 1)
+            for name, p in self._objective.parameters.items()
+        }
 
     def _gradient(self, unit: Any) -> dict[str, Tensor | None]:
         if not self._takes_copies:
@@ -109,9 +108,9 @@ def _differentiate(objective: Objective, loss: Tensor, leaves: dict[str, Tensor]
 
     A loss may also reach the module's own parameters, through a list in which it or the user keeps them.
     """
-    if _has_custom_node(loss):
-        # A Function may run a backward pass of its own, as checkpoints with reentry do. What that finds is put into
-        # `grad`, and is no gradient of the loss for who asks for the gradients of some leaves.
+    if any(isinstance(node, BackwardCFunction) for node in graphs.nodes(loss.grad_fn)):
+        # A custom Function may run a backward pass of its own, as checkpoints with reentry do. What that finds is put
+        # into `grad`, and is no gradient of the loss for who asks for the gradients of some leaves.
         return _differentiate_everything(objective, loss, leaves)
     # A forward pass may freeze some of either.
     own = {name: p for name, p in objective.parameters.items() if p.requires_grad}
@@ -124,21 +123,6 @@ def _differentiate(objective: Objective, loss: Tensor, leaves: dict[str, Tensor]
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a if b is None else b if a is None else a + b
-
-
-def _has_custom_node(loss: Tensor) -> bool:
-    """Return whether a custom autograd.Function, such as a reentrant checkpoint, took part in the loss."""
-    seen: set[Node] = set()
-    todo = [loss.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        if isinstance(node, BackwardCFunction):
-            return True
-        seen.add(node)
-        todo.extend(edge for edge, _ in node.next_functions)
-    return False
 
 
 def _differentiate_everything(

@@ -47,17 +47,6 @@ class Objective:
             take_attributes(copies[name], original)
         return copies
 
-    def check_leaves(self, leaves: Iterable[Tensor]) -> None:
-        """Check that a loss computed with other tensors in place of the module's own has not reached these.
-
-        Raises:
-            RuntimeError: It has, and so its gradients are not all found at those other tensors.
-        """
-        own = {id(p): name for name, p in self.parameters.items()}
-        for leaf in leaves:
-            if (name := own.get(id(leaf))) is not None:
-                raise RuntimeError(f"the loss takes {name} from somewhere else than the module, such as a list")
-
     def fill_caches(self, tensors: dict[str, Tensor], unit: Any) -> None:
         """Compute the loss of a unit in the ordinary way, before units are computed together.
 
@@ -155,11 +144,6 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
 def upcast(x: Tensor) -> Tensor:
     """Return ``x`` in the precision that inner products are accumulated in."""
     return x.to(accumulation_dtype(x))
-
-
-def contract(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the Gram ``(n, n)`` of each matrix of gradients ``(n, numel)``, releasing each after its use."""
-    return {name: (row := rows.pop(name)) @ row.T for name in list(rows)}
 
 
 def run_backward(

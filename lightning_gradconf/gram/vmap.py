@@ -20,27 +20,23 @@ from lightning_gradconf.gram.process_state import without_fast_path, without_war
 from lightning_gradconf.gram.replayed_draws import Recorder
 
 
-def unit_gradients(objective: Objective, units: Sequence[Any]) -> dict[str, Tensor]:
-    """Return the gradient of each unit's loss as ``{parameter name: (n, numel)}``.
+def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
+    """Return a function from units to the gradients of their losses, ``{parameter name: (n, numel)}``.
 
     Raises:
-        ValueError: The units differ in shape.
+        ValueError: (by what is returned) The units differ in shape.
         RuntimeError: Plain autograd finds another gradient of one of the units.
         Exception: Whatever torch.func raises for a module that it cannot transform.
     """
-    return differentiator(objective)(units)
-
-
-def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
-    """Return `unit_gradients` as a function of the units alone, for calls that share the copies of the module."""
     parameters = {name: p.detach().clone() for name, p in objective.parameters.items()}
-    compared: list[bool] = []
-
+    own = {id(p): name for name, p in objective.parameters.items()}
     rewind, generators = rewinder(objective.module), shared_draws.generators_of(objective.module)
+    is_first = True
 
     def gradients(units: Sequence[Any]) -> dict[str, Tensor]:
+        nonlocal is_first
         tensors, rebuild = stack(units)
-        if not compared:
+        if is_first:
             objective.fill_caches(objective.copies(), copy_of(units[0]))
             rewind()
 
@@ -49,30 +45,28 @@ def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, 
             constants = {name: t.detach().clone() for name, t in objective.constants.items()}
             for name, parameter in parameters.items():
                 take_attributes(parameter, objective.parameters[name])
-            return objective.at(parameters | constants, rebuild([row.clone() for row in rows]), _twice)
+            unit = rebuild([row.clone() for row in rows])
+            return objective.at(parameters | constants, unit, lambda loss: (loss, loss))
 
         per_unit = vmap(grad(loss, has_aux=True), in_dims=(None, *[0] * len(tensors)), randomness="different")
         # Attention on a CPU has no batching rule: torch says so each time, and is right and not much slower.
-        recorder = None if compared else Recorder(0, len(units))
+        recorder = Recorder(0, len(units)) if is_first else None
         quiet = without_warnings("There is a performance drop because")
         with shared_draws.refused(generators), quiet, without_fast_path(), recorder or nullcontext():
             found, losses = per_unit(parameters, *tensors)
         rewind()
-        objective.check_leaves(graphs.leaves(losses.grad_fn))
+        if taken := [own[id(leaf)] for leaf in graphs.leaves(losses.grad_fn) if id(leaf) in own]:
+            raise RuntimeError(f"the loss takes {taken[0]} from somewhere else than the module, such as a list")
         rows = {name: as_rows(found.pop(name), len(units)) for name in list(found)}
         if recorder is not None:
             numbers = recorder.checked()
-            compared.append(True)
-            narrow = all(p.dtype == torch.float64 for p in parameters.values())
+            is_first = False
+            is_double = all(p.dtype == torch.float64 for p in parameters.values())
             first = {name: row[0] for name, row in rows.items()}
             # Half the precision of float32, since the loss may be under autocast.
-            precision = torch.float64 if narrow else torch.float16
+            precision = torch.float64 if is_double else torch.float16
             if errors := disagreement(objective, units[0], first, precision, numbers):
                 raise RuntimeError(f"a unit by itself has another gradient, {in_words(errors)}")
         return rows
 
     return gradients
-
-
-def _twice(loss: Tensor) -> tuple[Tensor, Tensor]:
-    return loss, loss
