@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -71,13 +72,12 @@ def untouched(module: nn.Module, *others: Any, data: Iterable[Any] = (), tensors
         own = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
         if tensors:
             for tensor in own.values():
-                memory.remember(tensor, "")
-        memory.remember(module, type(module).__name__)
+                memory.remember(tensor)
         memory.seen |= own  # optimizers hold them all
         for part in data:  # before the others, as a sampler leads to its dataset too
             memory.remember_source(part)
         for other in others:
-            memory.remember(other, "")
+            memory.remember(other)
         for put_back in (*memory.values, *memory.containers, *memory.generators):
             stack.callback(put_back)
         yield
@@ -95,7 +95,6 @@ def rewinder(module: nn.Module) -> Callable[[], None]:
         RuntimeError: The module holds an iterator, which cannot be turned back.
     """
     memory = _Memory(module)
-    memory.remember(module, type(module).__name__)
     changed: list[Callable[[], bool]] | None = None
 
     def rewind() -> None:
@@ -110,59 +109,52 @@ def rewinder(module: nn.Module) -> Callable[[], None]:
 
 def reachable(module: nn.Module) -> Iterable[Any]:
     """Return the objects that Python state of ``module`` leads to: submodules, containers and what is in them."""
-    memory = _Memory(module)
-    memory.remember(module, type(module).__name__)
-    return memory.seen.values()
+    return _Memory(module).seen.values()
 
 
 def changes_in_libraries(module: nn.Module) -> Callable[[], list[str]]:
     """Return a function that names objects of libraries whose attributes have changed since; they are not put back."""
-    memory = _Memory(module)
-    memory.remember(module, type(module).__name__)
-    saved = [(path, value, dict(vars(value))) for path, value in memory.left_alone.items()]
+    saved = [(path, value, dict(vars(value))) for path, value in _Memory(module).left_alone.items()]
     return lambda: [
         f"{path} ({type(value).__name__})" for path, value, before in saved if not is_same(vars(value), before)
     ]
 
 
 class _Memory:
-    """Walks Python state once, object by object, and keeps how each one is put back.
+    """Walks the Python state of a module once, object by object, and keeps how each one is put back.
 
     Attributes:
-        containers: Put a container or a tensor back if it shows, at little cost, that it was written to. Each returns
-            whether it was.
-        values: The same by comparing values, and for what hardly any forward pass writes to.
+        containers: Put a container or a tensor back if it shows, at little cost, that it was written to.
+        values: The same by comparing values, and for what hardly any forward pass writes to. Each returns whether it
+            was written to.
         generators: Put random generators back.
         left_alone: Objects of libraries, which are not put back, by where the module keeps them.
+        seen: All objects met, by their address. They are kept, so that no new object can take over an address.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.left_alone: dict[str, Any] = {}
-        self.containers: list[Callable[[], bool]] = []
+        self.containers: list[Callable[[], Any]] = []
         self.values: list[Callable[[], bool]] = []
         self.generators: list[Callable[[], Any]] = []
-        # Kept, so that no new object can take over an address seen before.
         self.seen: dict[int, Any] = {}
         self._todo: list[tuple[Any, str]] = []
-        self._walks = False
         # Engines put copies in the place of the tensors registered here, but not of those in a list of the user's.
-        self.swapped = {id(part) for part in module.modules()}
+        self._swapped = {id(part) for part in module.modules()}
         packages = [base.__module__.partition(".")[0] for base in type(module).__mro__]
         # fully_shard makes a class of its own; what it keeps is none of the user's.
-        self.home = next((package for package in packages if package not in ("torch", "builtins")), "")
+        self._home = next((package for package in packages if package not in ("torch", "builtins")), "")
+        self.remember(module, type(module).__name__)
 
-    def remember(self, value: Any, path: str) -> None:
-        """Keep how to put back ``value`` and what it leads to."""
+    def remember(self, value: Any, path: str = "") -> None:
+        """Keep how to put back ``value`` and what it leads to; ``path`` says where it was found."""
+        self._follow(value, path)
+        while self._todo:
+            self._visit(*self._todo.pop())
+
+    def _follow(self, value: Any, path: str) -> None:
+        """Visit an object later: chains of objects may be longer than Python's calls can be deep."""
         self._todo.append((value, path))
-        if self._walks:  # and comes to it: chains of objects may be longer than Python's calls can be deep
-            return
-        self._walks = True
-        try:
-            while self._todo:
-                self._visit(*self._todo.pop())
-        finally:
-            self._walks = False
-            self._todo.clear()
 
     def _visit(self, value: Any, path: str) -> None:
         if type(value) in _ATOMS or id(value) in self.seen or isinstance(value, DataLoader):
@@ -177,8 +169,8 @@ class _Memory:
         elif isinstance(value, MutableMapping | list | deque | set | tuple | frozenset):
             self._remember_container(value, path)
         elif isinstance(value, MethodType | partial):
-            self._remember_all(_in_callable(value), path)
-        elif _is_array(value):
+            self._follow_all(_in_callable(value), path)
+        elif isinstance(value, np.ndarray):
             if value.flags.writeable:  # or else, as a file mapped into memory, it may be large
                 self.values.append(partial(restore_array, value, value.copy()))
         elif self._remember_generator(value):
@@ -196,25 +188,25 @@ class _Memory:
     def _remember_container(self, value: Any, path: str) -> None:
         self._remember_entries(value)
         if isinstance(value, MutableMapping):
-            self._remember_all([key for key in value if type(key) not in _ATOMS], path)
+            self._follow_all([key for key in value if type(key) not in _ATOMS], path)
             for key, entry in value.items():
                 if type(key) not in _ATOMS or key not in _NOT_FOLLOWED:
-                    self.remember(entry, f"{path}.{key}")
+                    self._follow(entry, f"{path}.{key}")
         else:
-            self._remember_all(value, path)
+            self._follow_all(value, path)
         if self._is_users(value):
             self._remember_attributes_of_object(value, path)
 
     def _remember_attributes_of_object(self, value: Any, path: str) -> None:
         if hasattr(value, "__dict__"):
-            self.remember(vars(value), path)
+            self._follow(vars(value), path)
         given = [vars(cls).get("__slots__", ()) for cls in type(value).__mro__]
         slots = {name for names in given for name in ([names] if isinstance(names, str) else names)}
         if saved := {
             name: getattr(value, name) for name in slots - {"__dict__", "__weakref__"} if hasattr(value, name)
         }:
             self.containers.append(partial(restore_slots, value, saved))
-            self._remember_all(saved.values(), path)
+            self._follow_all(saved.values(), path)
 
     def remember_source(self, value: Any) -> None:
         """Keep how to put back a dataset, of whatever class: a plain list is one too."""
@@ -231,7 +223,7 @@ class _Memory:
         if isinstance(value, Tensor):
             if not is_item and value.numel() <= _MOST_ELEMENTS and not value.is_inference():
                 self.containers.append(partial(restore_written, value, value.detach().clone(), value._version))
-        elif _is_array(value):
+        elif isinstance(value, np.ndarray):
             if not is_item and value.size <= _MOST_ELEMENTS and value.flags.writeable:
                 self.values.append(partial(restore_array, value, value.copy()))
         elif isinstance(value, list | tuple | deque | set | MutableMapping):
@@ -270,7 +262,7 @@ class _Memory:
             return True
         module = type(value).__module__
         package = module.partition(".")[0]
-        return package != _OURS and (package == self.home or not _is_installed(module))
+        return package != _OURS and (package == self._home or not _is_installed(module))
 
     def _remember_module(self, module: nn.Module, path: str) -> None:
         """Keep how to put a module back; layers of torch.nn write to nothing but their buffers."""
@@ -280,7 +272,7 @@ class _Memory:
         self.seen[id(attributes)] = attributes
         watched = self.values if type(module).__module__.startswith("torch.nn.") else self.containers
         watched.append(partial(restore_mapping, attributes, dict(attributes)))
-        tensors = ("_parameters", "_buffers") if id(module) in self.swapped else ()
+        tensors = ("_parameters", "_buffers") if id(module) in self._swapped else ()
         for name, entry in attributes.items():
             if name in _OF_EVERY_MODULE and "state_dict" in name:
                 continue  # fully_shard registers such hooks in its first pass, and never again
@@ -289,7 +281,7 @@ class _Memory:
                 self.seen[id(entry)] = entry
                 (self.values if empty else watched).append(partial(restore_mapping, entry, dict(entry)))
             elif name not in _NOT_FOLLOWED:
-                self.remember(entry, f"{path}.{name}")
+                self._follow(entry, f"{path}.{name}")
 
     def _remember_tensor(self, tensor: Tensor, path: str) -> None:
         saved = tensor.detach().clone()
@@ -298,32 +290,26 @@ class _Memory:
             self.containers.append(partial(restore_written, tensor, saved, tensor._version))
         if tensor.is_leaf:
             self.containers.append(partial(restore_leaf, tensor, tensor.grad, tensor.requires_grad))
-            self.remember(tensor.grad, path)
+            self._follow(tensor.grad, path)
 
-    def _remember_all(self, values: Any, path: str) -> None:
+    def _follow_all(self, values: Any, path: str) -> None:
         for i, entry in enumerate(values):
             if type(entry) not in _ATOMS:
-                self.remember(entry, f"{path}[{i}]")
+                self._follow(entry, f"{path}[{i}]")
 
     def _remember_generator(self, value: Any) -> bool:
         """Keep how a random generator is put back; False if ``value`` is none."""
-        numpy = sys.modules.get("numpy")
         if isinstance(value, torch.Generator):
             self.generators.append(partial(value.set_state, value.get_state()))
         elif isinstance(value, random.Random):
             self.generators.append(partial(value.setstate, value.getstate()))
-        elif numpy is not None and isinstance(value, numpy.random.Generator):
+        elif isinstance(value, np.random.Generator):
             self.generators.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
-        elif numpy is not None and isinstance(value, numpy.random.RandomState):
+        elif isinstance(value, np.random.RandomState):
             self.generators.append(partial(value.set_state, value.get_state()))
         else:
             return False
         return True
-
-
-def _is_array(value: Any) -> bool:
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.ndarray)
 
 
 def _in_callable(value: MethodType | partial[Any]) -> tuple[Any, ...]:

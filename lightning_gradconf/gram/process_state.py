@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,10 +32,7 @@ def without_warnings(beginning: str = "") -> Iterator[None]:
 
 def random_states() -> list[tuple[Callable[[Any], Any], Any]]:
     """Return the state of every global random generator, each with the function that sets it."""
-    states: list[tuple[Callable[[Any], Any], Any]] = [(random.setstate, random.getstate())]
-    if (numpy := sys.modules.get("numpy")) is not None:
-        states.append((numpy.random.set_state, numpy.random.get_state()))
-    return [*states, *_of_torch()]
+    return [(random.setstate, random.getstate()), (np.random.set_state, np.random.get_state()), *_of_torch()]
 
 
 def torch_states() -> list[Tensor]:
@@ -44,8 +41,7 @@ def torch_states() -> list[Tensor]:
 
 
 def _of_torch() -> list[tuple[Callable[[Any], Any], Any]]:
-    states: list[tuple[Callable[[Any], Any], Any]] = []
-    states.append((torch.set_rng_state, torch.get_rng_state()))
+    states: list[tuple[Callable[[Any], Any], Any]] = [(torch.set_rng_state, torch.get_rng_state())]
     for backend in (torch.cuda, getattr(torch, "xpu", None)):
         if backend is not None and backend.is_available() and backend.is_initialized():
             states.append((backend.set_rng_state_all, backend.get_rng_state_all()))

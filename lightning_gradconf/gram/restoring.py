@@ -1,4 +1,7 @@
-"""How one object is put back. Each function returns whether it had changed, and writes only if it had."""
+"""How one object is put back: written to only if it has changed, so that what was not touched stays untouched.
+
+Functions that have to compare values return whether they have changed.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,12 @@ import torch
 from torch import Tensor
 
 
-def restore_leaf(tensor: Tensor, grad: Tensor | None, requires_grad: bool) -> bool:
+def restore_leaf(tensor: Tensor, grad: Tensor | None, requires_grad: bool) -> None:
     """Put the gradient and the flag of a leaf back."""
-    changed = tensor.requires_grad != requires_grad or tensor.grad is not grad
     if tensor.requires_grad != requires_grad:
         tensor.requires_grad_(requires_grad)
     if tensor.grad is not grad:
         tensor.grad = grad
-    return changed
 
 
 def restore_tensor(tensor: Tensor, saved: Tensor) -> bool:
@@ -31,9 +32,10 @@ def restore_tensor(tensor: Tensor, saved: Tensor) -> bool:
     return True
 
 
-def restore_written(tensor: Tensor, saved: Tensor, version: int) -> bool:
+def restore_written(tensor: Tensor, saved: Tensor, version: int) -> None:
     """Put the values of a tensor back, if its version says that it was written to."""
-    return tensor._version != version and restore_tensor(tensor, saved)
+    if tensor._version != version:
+        restore_tensor(tensor, saved)
 
 
 def restore_array(array: Any, saved: Any) -> bool:
@@ -45,7 +47,7 @@ def restore_array(array: Any, saved: Any) -> bool:
 
 
 def restore_mapping(mapping: MutableMapping[Any, Any], saved: dict[Any, Any]) -> bool:
-    """Put the keys and values of ``mapping`` back, in their order, and return whether any had changed."""
+    """Put the keys and values of a mapping back, in their order."""
     if is_same(mapping, saved):
         return False
     if not _same(mapping, saved):
@@ -55,30 +57,25 @@ def restore_mapping(mapping: MutableMapping[Any, Any], saved: dict[Any, Any]) ->
     return True
 
 
-def restore_sequence(sequence: Any, saved: list[Any]) -> bool:
+def restore_sequence(sequence: Any, saved: list[Any]) -> None:
     """Put the entries of a list or deque back."""
-    if _same(sequence, saved):
-        return False
-    sequence.clear()
-    sequence.extend(saved)
-    return True
+    if not _same(sequence, saved):
+        sequence.clear()
+        sequence.extend(saved)
 
 
-def restore_set(values: set[Any], saved: set[Any]) -> bool:
+def restore_set(values: set[Any], saved: set[Any]) -> None:
     """Put the entries of a set back."""
-    if values == saved:
-        return False
-    values.clear()
-    values.update(saved)
-    return True
+    if values != saved:
+        values.clear()
+        values.update(saved)
 
 
-def restore_slots(value: Any, saved: dict[str, Any]) -> bool:
+def restore_slots(value: Any, saved: dict[str, Any]) -> None:
     """Put the attributes of an object with ``__slots__`` back."""
-    changed = [name for name, entry in saved.items() if getattr(value, name, None) is not entry]
-    for name in changed:
-        object.__setattr__(value, name, saved[name])
-    return bool(changed)
+    for name, entry in saved.items():
+        if getattr(value, name, None) is not entry:
+            object.__setattr__(value, name, entry)
 
 
 def is_same(mapping: Mapping[Any, Any], saved: Mapping[Any, Any]) -> bool:
@@ -87,5 +84,4 @@ def is_same(mapping: Mapping[Any, Any], saved: Mapping[Any, Any]) -> bool:
 
 
 def _same(now: Collection[Any], saved: Collection[Any]) -> bool:
-    """Return whether nothing changed, so that what was not touched is not written to either."""
     return len(now) == len(saved) and all(map(is_, now, saved))

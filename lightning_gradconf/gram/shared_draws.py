@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pickle
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from lightning_gradconf.gram.module_state import reachable
@@ -32,18 +32,14 @@ def refused(generators: Sequence[Any]) -> Iterator[None]:
 
 def states_of_python() -> list[Any]:
     """Return the states of the global random generators of Python and NumPy, to be compared."""
-    states: list[Any] = [random.getstate()]
-    if (numpy := sys.modules.get("numpy")) is not None:
-        kind, keys, *position = numpy.random.get_state()
-        states += [kind, keys.tobytes(), *position]
-    return states
+    of_numpy: Any = np.random.get_state()
+    kind, keys, *position = of_numpy
+    return [random.getstate(), kind, keys.tobytes(), *position]
 
 
 def generators_of(module: nn.Module) -> list[Any]:
     """Return the random generators of Python and NumPy that Python state of ``module`` leads to."""
-    kinds: tuple[type, ...] = (random.Random,)
-    if (numpy := sys.modules.get("numpy")) is not None:
-        kinds += (numpy.random.Generator, numpy.random.RandomState)
+    kinds = random.Random | np.random.Generator | np.random.RandomState
     return [value for value in reachable(module) if isinstance(value, kinds)]
 
 
