@@ -114,7 +114,7 @@ def test_without_a_budget_half_of_the_free_memory_is_taken(monkeypatch):
     assert budget.bytes_for_gradients(None, 900, cpu) == 900, "two gradients are tried in any case"
     assert budget.bytes_for_gradients("1MB", 1, cpu) == 10**6
     monkeypatch.setattr(budget, "_free_lately", lambda period: None)
-    assert budget.bytes_for_gradients(None, 1, cpu) is None
+    assert budget.bytes_for_gradients(None, 1, cpu) == budget.UNBOUNDED
 
 
 def test_free_memory_is_asked_once_in_a_while(monkeypatch):
@@ -240,7 +240,7 @@ def test_units_go_together_as_far_as_an_ordinary_pass_and_the_budget_allow():
     for usual, room, expected in [
         (N, 1, 4),  # no more samples than an ordinary pass has
         (None, 1, 4),
-        (3, None, 4),  # nothing is known of the memory
+        (3, budget.UNBOUNDED, 4),  # nothing is known of the memory
         (3, 1, 1),
         (6, 1, 2),
         (3, 4 * 2 * kept, 2),  # in a quarter of the budget

@@ -32,7 +32,7 @@ class Plan(NamedTuple):
     passes: int
 
 
-def make_plan(n: int, sizes: Sequence[int], budget: int | None, at_once: int | None = None) -> Plan:
+def make_plan(n: int, sizes: Sequence[int], budget: int, at_once: int | None = None) -> Plan:
     """Return how to make the Gram of ``n`` gradients within ``budget`` bytes.
 
     Where an ordinary pass holds the parameters' gradients, engines hold copies of the parameters; beside these they
@@ -41,7 +41,7 @@ def make_plan(n: int, sizes: Sequence[int], budget: int | None, at_once: int | N
     Args:
         n: How many gradients.
         sizes: The bytes of each parameter's gradient.
-        budget: None is without bound.
+        budget: Bytes to make do with.
         at_once: How many gradients are computed at once; None is as many as fit well.
 
     Raises:
@@ -51,12 +51,12 @@ def make_plan(n: int, sizes: Sequence[int], budget: int | None, at_once: int | N
     Plan(block=8, chunk=1, passes=80)
     """
     size, largest = sum(sizes), max(sizes)
-    fitting = n + 1 if budget is None else (budget - largest) // max(1, size)
+    fitting = (budget - largest) // max(1, size)
     if fitting > n:
         return Plan(n, min(at_once or n, n), n)
     if fitting < 2:
         raise ValueError(
-            f"a memory budget of {megabytes(budget or 0)} has no room for two gradients of {megabytes(size)}, which it "
+            f"a memory budget of {megabytes(budget)} has no room for two gradients of {megabytes(size)}, which it "
             f"takes to compare them; allow {megabytes(min_budget(sizes))}, measure fewer parameters (parameters=), or "
             "use engine='ghost', which holds none where it applies"
         )

@@ -13,23 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_DROPOUTS = (
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+    torch.dropout, torch.dropout_, torch.feature_dropout, torch.feature_dropout_, torch.native_dropout,
+    torch.alpha_dropout, torch.alpha_dropout_, torch.feature_alpha_dropout, torch.feature_alpha_dropout_,
+)  # fmt: skip
 # The position of the dropout probability among the positional arguments, and its keyword.
 _PROBABILITY: dict[Callable[..., Any], tuple[int, str]] = {
-    F.dropout: (1, "p"),
-    F.dropout1d: (1, "p"),
-    F.dropout2d: (1, "p"),
-    F.dropout3d: (1, "p"),
-    F.alpha_dropout: (1, "p"),
-    F.feature_alpha_dropout: (1, "p"),
-    torch.dropout: (1, "p"),
-    torch.dropout_: (1, "p"),
-    torch.feature_dropout: (1, "p"),
-    torch.feature_dropout_: (1, "p"),
-    torch.alpha_dropout: (1, "p"),
-    torch.alpha_dropout_: (1, "p"),
-    torch.feature_alpha_dropout: (1, "p"),
-    torch.feature_alpha_dropout_: (1, "p"),
-    torch.native_dropout: (1, "p"),
+    **dict.fromkeys(_DROPOUTS, (1, "p")),
     F.scaled_dot_product_attention: (4, "dropout_p"),
     F.multi_head_attention_forward: (10, "dropout_p"),
 }

@@ -43,8 +43,8 @@ class Findings:
         writes: The tensors of which each unit needs its own.
         measurements: How many there were with the ghost engine.
         workspace: What contractions share.
-        failures: For each engine that has not worked since, how often it failed and why.
-        refused: Why the ghost engine is not to be used any more, if so.
+        failures: For each engine that was tried, why it failed, each time since it last worked.
+        refused: Why units are not to be computed together any more, if so.
     """
 
     shapes: set[Hashable] = field(default_factory=set)
@@ -54,29 +54,9 @@ class Findings:
     writes: SharedWrites = field(default_factory=SharedWrites)
     measurements: int = 0
     workspace: Workspace = field(default_factory=Workspace)
-    failures: dict[str, tuple[int, str]] = field(default_factory=dict)
+    failures: dict[str, list[str]] = field(default_factory=dict)
     refused: str | None = None
-    _worked: set[str] = field(default_factory=set)
     _copies: dict[str, Tensor] = field(default_factory=dict)
-
-    def has_worked(self, engine: str) -> bool:
-        """Return whether an engine worked when it was used last."""
-        return engine in self._worked and engine not in self.failures
-
-    def note_success(self, engine: str) -> None:
-        """Note that an engine worked."""
-        self._worked.add(engine)
-        self.failures.pop(engine, None)
-
-    def note_failure(self, engine: str, reason: str) -> None:
-        """Note that an engine failed."""
-        times, _ = self.failures.get(engine, (0, ""))
-        self.failures[engine] = times + 1, reason
-
-    def reason_to_skip(self, engine: str, tries: int) -> str | None:
-        """Return why an engine failed, if it did so ``tries`` times in a row; None if it may be tried."""
-        times, reason = self.failures.get(engine, (0, ""))
-        return reason if times >= tries else None
 
     def copy(self, name: str, tensor: Tensor) -> Tensor:
         """Return a copy of a parameter, a leaf of any graph to come; into old memory, which is faster."""

@@ -17,6 +17,7 @@ from lightning_gradconf.batches.units import copy_of
 from lightning_gradconf.gram.module_state import untouched
 from lightning_gradconf.gram.objective import Objective
 
+UNBOUNDED = 1 << 62  # bytes, where nothing is known of the memory
 _SIZES = {"": 1, "b": 1}
 _SIZES |= {f"{prefix}b": 1000**i for i, prefix in enumerate("kmgt", 1)}
 _SIZES |= {f"{prefix}ib": 1024**i for i, prefix in enumerate("kmgt", 1)}
@@ -56,9 +57,7 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:.3g} MB" if size < 1e9 else f"{size / 1e9:.3g} GB"
 
 
-def bytes_for_gradients(
-    memory_budget: int | str | None, smallest: int, device: torch.device, ranks: int = 1
-) -> int | None:
+def bytes_for_gradients(memory_budget: int | str | None, smallest: int, device: torch.device, ranks: int = 1) -> int:
     """Return the bytes that gradients may take on a device: the budget, or without one a share of what is free.
 
     Args:
@@ -75,7 +74,7 @@ def bytes_for_gradients(
     else:
         free = _free_lately(int(time.monotonic() / _LATELY))
     if free is None:
-        return None
+        return UNBOUNDED
     share = int(_SHARE * free / (1 if device.type == "cuda" else ranks))
     # In coarse steps, so that measurements of one run have one plan.
     step = 1 << max(0, share.bit_length() - 2)
@@ -83,7 +82,7 @@ def bytes_for_gradients(
 
 
 def units_at_once(
-    target: Objective, units: Sequence[Any], unit_size: int | None, train_batch_size: int | None, budget: int | None
+    target: Objective, units: Sequence[Any], unit_size: int | None, train_batch_size: int | None, budget: int
 ) -> int:
     """Return how many units may go through one forward and backward pass.
 
@@ -91,7 +90,7 @@ def units_at_once(
     activations take a small part of the budget; a forward pass of one unit tells their size.
     """
     n = len(units)
-    if budget is None or unit_size is None or train_batch_size is None or n * unit_size <= train_batch_size:
+    if unit_size is None or train_batch_size is None or n * unit_size <= train_batch_size:
         return n
     fitting = int(_PART_OF_PASSES * budget) // max(1, _kept(target, units[0]))
     return min(n, max(1, train_batch_size // unit_size, fitting))
@@ -99,8 +98,7 @@ def units_at_once(
 
 def _kept(target: Objective, unit: Any) -> int:
     """Return the bytes that a forward pass of the unit keeps for its backward pass, without parameters and buffers."""
-    state = {name: p.detach().clone().requires_grad_() for name, p in target.parameters.items()}
-    state |= {name: t.detach().clone() for name, t in target.constants.items()}
+    state = target.copies()
     own = {tensor.data_ptr() for tensor in state.values()}
     kept: dict[int, Tensor] = {}
 

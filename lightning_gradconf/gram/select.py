@@ -150,8 +150,10 @@ def gram_of_units(
             stack.enter_context(still(objective.module))
         with mode:
             objective = stack.enter_context(answered(objective, units[0]))
-            fits = lambda: units_at_once(objective, units, unit_size, train_batch_size, budget)  # noqa: E731
-            together = len(units) if engine == "loop" else ranks.minimum(ranks.run_on_all_ranks(fits))
+            together = len(units)
+            if engine != "loop":
+                how = (objective, units, unit_size, train_batch_size, budget)
+                together = ranks.minimum(ranks.run_on_all_ranks(lambda: units_at_once(*how)))
         call = _Call(ranks, objective, units, engine, mode, findings, budget, together, progress)
         return call.by_first_that_can() if engine == "auto" else (call.by(engine), engine)
 
@@ -173,17 +175,18 @@ class _Call:
     def by_first_that_can(self) -> tuple[dict[str, Tensor], str]:
         """Measure with the fastest engine that can, and say why with none faster."""
         reasons: list[str] = []
+        failures = self.findings.failures
         for name in _ENGINES[:-1]:
             if (reason := self._reason_to_skip(name)) is None:
                 try:
                     # A pass that fails halfway may leave half a state behind; one that has worked should go on to.
-                    with nullcontext() if self.findings.has_worked(name) else untouched(self.objective.module):
+                    with nullcontext() if failures.get(name) == [] else untouched(self.objective.module):
                         grams = self.by(name)
                 except Exception as error:
                     reason = shorten(in_words(error), _LONGEST, placeholder=" ...")
-                    self.findings.note_failure(name, reason)
+                    failures.setdefault(name, []).append(reason)
                 else:
-                    self.findings.note_success(name)
+                    failures[name] = []
                     _say_why(self.objective, name, reasons)
                     return grams, name
             reasons.append(f"{name}: {reason}")
@@ -231,7 +234,8 @@ class _Call:
             return "a single unit is measured as it is"
         if self.together < (n if engine == "ghost" else 2):
             return "a pass of several units does not fit the memory budget"
-        return self.findings.refused or self.findings.reason_to_skip(engine, _TRIES)
+        failures = self.findings.failures.get(engine, [])
+        return self.findings.refused or (failures[-1] if len(failures) >= _TRIES else None)
 
 
 def in_words(error: Exception) -> str:

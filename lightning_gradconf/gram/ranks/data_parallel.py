@@ -22,8 +22,6 @@ from lightning_gradconf.gram.objective import accumulation_dtype
 from lightning_gradconf.gram.ranks.factor_exchange import Factors, partial_grams
 from lightning_gradconf.gram.ranks.process_group import Ranks
 
-_UNBOUNDED = 1 << 62
-
 
 def gram_of_factors(
     ranks: Ranks, parameters: Mapping[str, Tensor], factors: Factors, n: int, workspace: Workspace
@@ -40,8 +38,8 @@ def gram_of_factors(
 
 def agreed_budget(ranks: Ranks, memory_budget: int | str | None, smallest: int) -> int:
     """Return the least of what the ranks may fill with gradients, so that all make the same plan."""
-    budget = ranks.run_on_all_ranks(lambda: bytes_for_gradients(memory_budget, smallest, ranks.device, ranks.size))
-    return ranks.minimum(_UNBOUNDED if budget is None else budget)
+    how = (memory_budget, smallest, ranks.device, ranks.size)
+    return ranks.minimum(ranks.run_on_all_ranks(lambda: bytes_for_gradients(*how)))
 
 
 def contract(
