@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 from lightning_gradconf.batches.units import copy_of
 from lightning_gradconf.gram.module_state import reachable, untouched
@@ -31,7 +31,7 @@ from lightning_gradconf.gram.objective import LossFn, Objective
 
 # What answers are changed by, to see whether a loss depends on them: also beyond thresholds, and where it is clamped.
 _CHANGES = (1, 10**6, -(10**6))
-_METHODS = frozenset({"forward", "update", "compute", "reset"})
+_METHODS = frozenset({"forward", "update", "compute", "reset", "sync"})
 # What a call of a method of a metric becomes: of the metric, the name of the method, and the call itself.
 _Handler = Callable[[Any, str, Callable[[], Any]], Any]
 _Key = tuple[int | type, str]
@@ -56,7 +56,7 @@ def answered(objective: Objective, unit: Any) -> Iterator[Objective]:
     found.calls += 1
     if found.calls & (found.calls - 1) == 0:
         found.recording = None
-    if found.recording is None and (found.noticed or _reaches_a_metric(objective.module)):
+    if found.recording is None and (found.noticed or any(map(_is_metric, reachable(objective.module)))):
         try:
             found.recording = _recorded(objective, unit)
         except Exception:  # the user's own, which an engine meets again and reports
@@ -85,11 +85,8 @@ def _found(objective: Objective) -> _Found:
         return _Found()
 
 
-def _reaches_a_metric(module: nn.Module) -> bool:
-    classes = metric_classes()
-    return any(isinstance(part, classes) for part in module.modules()) or any(
-        isinstance(value, classes) for value in reachable(module)
-    )
+def _is_metric(value: Any) -> bool:
+    return isinstance(value, metric_classes())
 
 
 def _recorded(objective: Objective, unit: Any) -> _Recording:
@@ -147,7 +144,7 @@ class _Recording:
             answer = {name: nan for name in metric} if isinstance(metric, nn.ModuleDict) else nan
         finally:
             self.inside = False
-        kept = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, answer)
+        kept = tree_map_only(Tensor, lambda leaf: leaf.detach().clone(), answer)
         self.answers[id(metric), method].append(kept)
         self.answers[type(metric), method].append(kept)  # for one that is made anew in each call of the loss
         self.metrics.append(metric)  # so that its address is not that of another some day
@@ -171,7 +168,7 @@ class _Playing:
         answers = self.answers[key]
         answer = answers[min(self.asked[key], len(answers) - 1)]
         self.asked[key] += 1
-        return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, answer)
+        return tree_map_only(Tensor, Tensor.clone, answer)
 
 
 @dataclass
@@ -229,11 +226,9 @@ def _handled(handler: _Handler) -> Iterator[None]:
 def _intercepting(usual: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
     def get(metric: Any, name: str) -> Any:
         value = usual(metric, name)
-        if name in _METHODS and getattr(_here, "handler", None) is not None:
-            return _method(metric, name, value)
-        if name == "sync" and getattr(_here, "handler", None) is not None:
-            return _ignore
-        return value
+        if name not in _METHODS or getattr(_here, "handler", None) is None:
+            return value
+        return _method(metric, name, value) if name != "sync" else lambda *args, **kwargs: None
 
     return get
 
@@ -247,7 +242,3 @@ def _method(metric: Any, name: str, real: Callable[..., Any]) -> Callable[..., A
         return handler(metric, name, lambda: real(*args, **kwargs))
 
     return method
-
-
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Stand in for ``sync``."""

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only
 
 from lightning_gradconf.gram.metric_answers import metric_classes
 from lightning_gradconf.gram.process_state import random_states, torch_states
@@ -89,10 +89,10 @@ def _is_alike(in_training: _Trial, in_evaluation: _Trial) -> bool:
 def _trial(layer: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> _Trial:
     """Call a layer in its mode on copies of what it gets, and put back what that changes."""
     drawn, attributes, before = random_states(), dict(vars(layer)), _states()
-    copies = tree_map(_copy, (args, kwargs))
+    args, kwargs = tree_map_only(Tensor, _copy, (args, kwargs))
     try:
         with torch.enable_grad():
-            result = forward(*copies[0], **copies[1])
+            result = forward(*args, **kwargs)
         trial = _Trial(before != _states(), *tree_flatten(result))
     except Exception:
         trial = _Trial(True, [], None)
@@ -102,8 +102,8 @@ def _trial(layer: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
     return trial
 
 
-def _copy(value: Any) -> Any:
-    return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _states() -> list[Any]:
