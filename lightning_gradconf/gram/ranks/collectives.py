@@ -21,16 +21,13 @@ def without_collectives(objective: Objective) -> Objective:
     """Return the objective with a loss that raises NotImplementedError where it would talk to other ranks."""
 
     def loss_fn(module: Any, batch: Any) -> Tensor:
-        with _Refusing():
+        with _Refusing():  # type: ignore[no-untyped-call]
             return objective.loss_fn(module, batch)
 
     return replace(objective, loss_fn=loss_fn)
 
 
 class _Refusing(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # otherwise it would be imported, which takes a second

@@ -134,8 +134,7 @@ def _apart(module: nn.Module) -> Iterator[Callable[[], None]]:
     finally:
         for p, gradient in held:
             p.grad = gradient
-        for buffer, saved in buffers:
-            buffer.data.copy_(saved)
+        put_back()
 
 
 def _forget_pass(module: nn.Module) -> None:
