@@ -187,13 +187,11 @@ class _Memory:
 
     def _remember_container(self, value: Any, path: str) -> None:
         self._remember_entries(value)
+        self._follow_all(value, path)  # of a mapping, its keys
         if isinstance(value, MutableMapping):
-            self._follow_all([key for key in value if type(key) not in _ATOMS], path)
             for key, entry in value.items():
                 if type(key) not in _ATOMS or key not in _NOT_FOLLOWED:
                     self._follow(entry, f"{path}.{key}")
-        else:
-            self._follow_all(value, path)
         if self._is_users(value):
             self._remember_attributes_of_object(value, path)
 

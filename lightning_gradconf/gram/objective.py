@@ -127,8 +127,7 @@ def as_rows(gradients: Tensor, n: int) -> Tensor:
 
 def empty_rows(parameter: Tensor, n: int) -> Tensor:
     """Return room for what `as_rows` makes of ``n`` gradients of a parameter."""
-    numel = parameter.numel() * (2 if parameter.is_complex() else 1)
-    return torch.zeros(n, numel, dtype=accumulation_dtype(parameter), device=parameter.device)
+    return as_rows(torch.zeros(n, *parameter.shape, dtype=parameter.dtype, device=parameter.device), n)
 
 
 def sizes(parameters: Iterable[Tensor]) -> list[int]:

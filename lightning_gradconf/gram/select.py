@@ -35,7 +35,6 @@ from lightning_gradconf.gram.ranks.data_parallel import agreed_budget, contract,
 from lightning_gradconf.gram.ranks.process_group import Ranks
 
 Engine = Literal["auto", "ghost", "vmap", "loop"]
-Differentiator = Callable[[Objective], Callable[[Sequence[Any]], Rows]]
 _ENGINES = ("ghost", "vmap", "loop")
 _TRIES = 2  # of an engine that fails, before it is left alone
 _LONGEST = 200  # characters of a reason; torch.func says whole paragraphs
@@ -200,8 +199,8 @@ class _Call:
             return self._by_factors()
         if engine == "vmap":
             at_once = self.together if self.together < len(self.units) else None
-            return self._by_gradients(vmap.differentiator, self._of_units_together, at_once)
-        return self._by_gradients(loop.Differentiator, self.objective, 1)
+            return self._by_gradients(lambda: vmap.differentiator(self._of_units_together), at_once)
+        return self._by_gradients(lambda: loop.Differentiator(self.objective), 1)
 
     @property
     def _of_units_together(self) -> Objective:
@@ -216,14 +215,14 @@ class _Call:
         return gram_of_factors(self.ranks, self.objective.parameters, factors, len(self.units), workspace)
 
     def _by_gradients(
-        self, differentiator: Differentiator, objective: Objective, at_once: int | None
+        self, differentiator: Callable[[], Callable[[Sequence[Any]], Rows]], at_once: int | None
     ) -> dict[str, Tensor]:
-        bytes_of_each = sizes(objective.parameters.values())
+        bytes_of_each = sizes(self.objective.parameters.values())
         plan = make_plan(len(self.units), bytes_of_each, self.budget, at_once)
         if self.engine == "auto" and at_once is None and plan.chunk == 1 and plan.block < len(self.units):
             raise RuntimeError("the memory budget has no room for gradients of several units beside those held")
         with self.mode:
-            gradients = repeatable(self.ranks.run_on_all_ranks(lambda: differentiator(objective)), self.units, plan)
+            gradients = repeatable(self.ranks.run_on_all_ranks(differentiator), self.units, plan)
             compute = lambda i, j: self.ranks.run_on_all_ranks(lambda: gradients(i, j))  # noqa: E731
             return contract(self.ranks, len(self.units), compute, plan, sum(bytes_of_each), self.progress)
 
