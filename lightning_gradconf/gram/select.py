@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lightning_gradconf.batches.units import num_samples, split
 from lightning_gradconf.gram import loop, vmap
-from lightning_gradconf.gram.blockwise import Progress, Rows, make_plan, min_budget, repeatable
+from lightning_gradconf.gram.blockwise import Progress, Rows, make_plan, repeatable
 from lightning_gradconf.gram.findings import Findings, findings_of
 from lightning_gradconf.gram.ghost import engine as ghost
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
@@ -140,8 +140,7 @@ def gram_of_units(
     """
     if engine != "auto" and engine not in _ENGINES:
         raise ValueError(f"engine={engine!r} is not one of 'auto', {', '.join(map(repr, _ENGINES))}")
-    bytes_of_each = sizes(objective.parameters.values())
-    budget = agreed_budget(ranks, memory_budget, min_budget(bytes_of_each))
+    budget = agreed_budget(ranks, memory_budget, sizes(objective.parameters.values()))
     mode = MeasurementMode(running_statistics=unit_size == 1, dropout=dropout)
     findings = findings_of(objective.module, objective.loss_fn)
     with ExitStack() as stack:

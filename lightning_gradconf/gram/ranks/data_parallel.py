@@ -8,14 +8,14 @@ budget is computed and sent again, block by block (`blockwise`). An all-reduce o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from lightning_gradconf.gram.blockwise import Plan, Progress, Rows, blockwise
+from lightning_gradconf.gram.blockwise import Plan, Progress, Rows, blockwise, min_budget
 from lightning_gradconf.gram.ghost.contraction import Workspace
 from lightning_gradconf.gram.memory_budget import bytes_for_gradients
 from lightning_gradconf.gram.objective import accumulation_dtype
@@ -36,9 +36,9 @@ def gram_of_factors(
     return ranks.add_up({name: grams[name] for name in parameters})
 
 
-def agreed_budget(ranks: Ranks, memory_budget: int | str | None, smallest: int) -> int:
-    """Return the least of what the ranks may fill with gradients, so that all make the same plan."""
-    how = (memory_budget, smallest, ranks.device, ranks.size)
+def agreed_budget(ranks: Ranks, memory_budget: int | str | None, sizes: Sequence[int]) -> int:
+    """Return the least of what the ranks may fill with gradients of these sizes, so that all make the same plan."""
+    how = (memory_budget, min_budget(sizes), ranks.device, ranks.size)
     return ranks.minimum(ranks.run_on_all_ranks(lambda: bytes_for_gradients(*how)))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from lightning_gradconf.batches.units import copy_of
-from lightning_gradconf.gram.blockwise import Progress, Rows, blockwise, make_plan, min_budget, repeatable
+from lightning_gradconf.gram.blockwise import Progress, Rows, blockwise, make_plan, repeatable
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.module_state import rewinder
 from lightning_gradconf.gram.noise_layers import still
@@ -78,7 +78,7 @@ def gram_of_units(
     """
     n = len(units)
     shards = sizes(_largest_shard(p) for p in target.parameters.values())
-    plan = make_plan(n, shards, agreed_budget(ranks, memory_budget, min_budget(shards)), at_once=1)
+    plan = make_plan(n, shards, agreed_budget(ranks, memory_budget, shards), at_once=1)
     mode = MeasurementMode(running_statistics=unit_size == 1, dropout=dropout)
     noise = nullcontext() if dropout else still(target.module)
     with mode, noise, _apart(target.module) as put_back:
