@@ -86,7 +86,7 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     "attributes of data": (ISOLATION, "vars(value), dict(vars(value)))", "{}, {})"),
     "generators of data": (
         ISOLATION,
-        "                self.remember_data(entry, is_item=are_items)\n\n    def _is",
+        "                self._remember_data(entry, is_item=are_items)\n\n    def _is",
         "                pass\n\n    def _is",
     ),
     "transforms of data": (

@@ -160,7 +160,7 @@ class _Memory:
         if type(value) in _ATOMS or id(value) in self.seen or isinstance(value, DataLoader):
             return
         if isinstance(value, Dataset):
-            return self.remember_data(value)
+            return self._remember_data(value)
         self.seen[id(value)] = value
         if isinstance(value, Tensor):
             self._remember_tensor(value, path)
@@ -209,11 +209,11 @@ class _Memory:
     def remember_source(self, value: Any) -> None:
         """Keep how to put back a dataset, of whatever class: a plain list is one too."""
         if hasattr(value, "__dict__") and id(value) not in self.seen:
-            self.remember_attributes(value, are_items=isinstance(value, MutableMapping))
+            self._remember_attributes_of_data(value, are_items=isinstance(value, MutableMapping))
         else:
-            self.remember_data(value, is_item=True)
+            self._remember_data(value, is_item=True)
 
-    def remember_data(self, value: Any, *, is_item: bool = False) -> None:
+    def _remember_data(self, value: Any, *, is_item: bool = False) -> None:
         """Keep how to put back what data are read from, without what is large, and without tensors in sequences."""
         if type(value) in _ATOMS or id(value) in self.seen or self._remember_generator(value):
             return
@@ -229,9 +229,9 @@ class _Memory:
                 self._remember_entries(value)
             entries, are_items = (value.values(), is_item) if isinstance(value, MutableMapping) else (value, True)
             for entry in islice(entries, _MOST_TRANSFORMS):
-                self.remember_data(entry, is_item=are_items)
+                self._remember_data(entry, is_item=are_items)
         elif not isinstance(value, type) and hasattr(value, "__dict__") and self._is_read(value):
-            self.remember_attributes(value)
+            self._remember_attributes_of_data(value)
 
     def _remember_entries(self, value: Any) -> None:
         """Keep how to put back which entries a container has."""
@@ -242,13 +242,13 @@ class _Memory:
         elif isinstance(value, set):
             self.containers.append(partial(restore_set, value, set(value)))
 
-    def remember_attributes(self, value: Any, *, are_items: bool = False) -> None:
+    def _remember_attributes_of_data(self, value: Any, *, are_items: bool = False) -> None:
         """Keep how to put back the attributes of what data are read from."""
         self.seen[id(value)] = value
         self.containers.append(partial(restore_mapping, vars(value), dict(vars(value))))
         for name, entry in vars(value).items():
             if name not in _NOT_FOLLOWED:
-                self.remember_data(entry, is_item=are_items)
+                self._remember_data(entry, is_item=are_items)
 
     def _is_read(self, value: Any) -> bool:
         """Return whether reading data may change an object: transforms of a library draw, or hold the user's."""
