@@ -11,7 +11,6 @@ does: registered metrics, those in lists, globals, and those that the loss funct
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -24,11 +23,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
+from torchmetrics import Metric, MetricCollection
 
 from lightning_gradconf.batches.units import copy_of
 from lightning_gradconf.gram.module_state import reachable, untouched
 from lightning_gradconf.gram.objective import LossFn, Objective
 
+METRICS: tuple[type, ...] = (Metric, MetricCollection)
 # What answers are changed by, to see whether a loss depends on them: also beyond thresholds, and where it is clamped.
 _CHANGES = (1, 10**6, -(10**6))
 _METHODS = frozenset({"forward", "update", "compute", "reset", "sync"})
@@ -49,14 +50,13 @@ def answered(objective: Objective, unit: Any) -> Iterator[Objective]:
     are kept weakly, by module and loss function, and recorded anew in every call whose number is a power of two. To be
     entered within `untouched` and `MeasurementMode`.
     """
-    if not metric_classes():
-        yield objective
-        return
     found = _found(objective)
     found.calls += 1
     if found.calls & (found.calls - 1) == 0:
         found.recording = None
-    if found.recording is None and (found.noticed or any(map(_is_metric, reachable(objective.module)))):
+    if found.recording is None and (
+        found.noticed or any(isinstance(value, METRICS) for value in reachable(objective.module))
+    ):
         try:
             found.recording = _recorded(objective, unit)
         except Exception:  # the user's own, which an engine meets again and reports
@@ -83,10 +83,6 @@ def _found(objective: Objective) -> _Found:
         return _known.setdefault(objective.module, WeakKeyDictionary()).setdefault(objective.loss_fn, _Found())
     except TypeError:  # a callable without a hash
         return _Found()
-
-
-def _is_metric(value: Any) -> bool:
-    return isinstance(value, metric_classes())
 
 
 def _recorded(objective: Objective, unit: Any) -> _Recording:
@@ -195,12 +191,6 @@ _lock = threading.Lock()
 _handling = 0  # contexts, in all threads
 
 
-def metric_classes() -> tuple[type, ...]:
-    """Return the classes of metrics, none before torchmetrics is imported."""
-    torchmetrics: Any = sys.modules.get("torchmetrics")
-    return () if torchmetrics is None else (torchmetrics.Metric, torchmetrics.MetricCollection)
-
-
 @contextmanager
 def _handled(handler: _Handler) -> Iterator[None]:
     """Within this context, ``handler`` gets the calls that this thread makes to metrics; none of them syncs ranks."""
@@ -209,7 +199,7 @@ def _handled(handler: _Handler) -> Iterator[None]:
     with _lock:
         _handling += 1
         if _handling == 1:
-            for cls in metric_classes():
+            for cls in METRICS:
                 cls.__getattribute__ = _intercepting(cls.__getattribute__)  # type: ignore
     _here.handler = handler
     try:
@@ -219,7 +209,7 @@ def _handled(handler: _Handler) -> Iterator[None]:
         with _lock:
             _handling -= 1
             if _handling == 0:
-                for cls in metric_classes():
+                for cls in METRICS:
                     del cls.__getattribute__
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only
 
-from lightning_gradconf.gram.metric_answers import metric_classes
+from lightning_gradconf.gram.metric_answers import METRICS
 from lightning_gradconf.gram.process_state import random_states, torch_states
 from lightning_gradconf.gram.restoring import restore_mapping
 from lightning_gradconf.gram.shared_draws import states_of_python
@@ -41,7 +41,7 @@ def still(module: nn.Module) -> Iterator[None]:
 
 def _may_add_noise(layer: nn.Module) -> bool:
     # PyTorch's own layers call functions for their noise, and metrics are answered for.
-    if type(layer).__module__.startswith("torch.") or isinstance(layer, metric_classes()):
+    if type(layer).__module__.startswith("torch.") or isinstance(layer, METRICS):
         return False
     own = vars(layer)
     holds = own["_parameters"] or own["_buffers"] or own["_modules"] or "forward" in own
