@@ -32,7 +32,6 @@ def partial_grams(ranks: Ranks, factors: Factors, workspace: Workspace) -> dict[
         workspace: What contractions share.
 
     Raises:
-        RuntimeError: On all ranks, if they differ in how their parameters are used.
         Exception: What the contraction of one rank's parameters raises, on that rank, after all exchanges.
     """
     described = _described(ranks, factors)
