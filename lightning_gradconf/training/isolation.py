@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from lightning_gradconf.batches.loaders import changes, loaders_in
 from lightning_gradconf.gram.module_state import untouched
 from lightning_gradconf.gram.process_state import random_states, without_warnings
 from lightning_gradconf.training.compat import is_overridden, lightning_modules
@@ -24,7 +25,7 @@ _HOOKS = ("on_train_batch_start", "on_before_batch_transfer", "transfer_batch_to
 
 
 @contextmanager
-def no_trace(trainer: Trainer, module: LightningModule, *others: Any, data: Iterable[Any] = ()) -> Iterator[None]:
+def no_trace(trainer: Trainer, module: LightningModule, loaders: Any) -> Iterator[None]:
     """Within this context, nothing that a training step does reaches the run.
 
     Logging is mute, the loggers write nothing, compiled code runs eagerly, and everything that a step changes in
@@ -33,19 +34,21 @@ def no_trace(trainer: Trainer, module: LightningModule, *others: Any, data: Iter
     Args:
         trainer: The running Trainer.
         module: Its LightningModule.
-        others: More containers whose contents are put back.
-        data: What data are read from, of which attributes and random generators are put back, as they are of the
-            Trainer (``should_stop``, the loggers, what the user's code keeps there) and its callbacks.
+        loaders: Those whose items are read in this context, nested as of `loaders_in`.
     """
     with ExitStack() as stack:
         groups = [optimizer.param_groups for optimizer in trainer.optimizers]
         schedulers = [vars(config.scheduler) for config in trainer.lr_scheduler_configs]
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        data = [*data, trainer, *callbacks, *([] if datamodule is None else [datamodule])]
+        containers, data = changes(loaders)
+        # The training step can reach its datasets and samplers, whatever is read here.
+        for loader in loaders_in(trainer.train_dataloader).values():
+            data += [getattr(loader, name, None) for name in ("dataset", "sampler", "batch_sampler")]
+        # Of these too, only attributes and random generators are put back: of the Trainer `should_stop`, the loggers,
+        # and what the user's code keeps there.
+        data += [trainer, *trainer.callbacks, trainer.datamodule]  # type: ignore[attr-defined]
         # What a manually optimised step does to gradients by hand, it does to those of the module itself.
         tensors = not module.automatic_optimization or any(is_overridden(module, name) for name in _HOOKS)
-        stack.enter_context(untouched(module, *groups, *schedulers, *others, data=data, tensors=tensors))
+        stack.enter_context(untouched(module, *groups, *schedulers, *containers, data=data, tensors=tensors))
         trainer.loggers = [silent(logger) for logger in trainer.loggers]
         for part in lightning_modules(module):
             vars(part)["log"] = vars(part)["print"] = _ignore  # `untouched` removes them again; log_dict calls log
@@ -57,11 +60,9 @@ def no_trace(trainer: Trainer, module: LightningModule, *others: Any, data: Iter
         stack.enter_context(torch.enable_grad())
         # Units have other shapes than batches: compiling for them would use up the recompilations of training.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if torch.backends.cudnn.is_available():
-            cudnn = torch.backends.cudnn
-            # A benchmark for a unit's shape would stay in the cache.
-            flags = {name: getattr(cudnn, name) for name in ("enabled", "deterministic", "allow_tf32")}
-            stack.enter_context(cudnn.flags(benchmark=False, **flags))
+        # A benchmark for a unit's shape would stay in the cache.
+        stack.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+        torch.backends.cudnn.benchmark = False
         yield
 
 
