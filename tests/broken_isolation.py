@@ -114,7 +114,7 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     "compiled code runs eagerly": (NO_TRACE, 'torch.compiler.set_stance("force_eager")', "ExitStack()"),
     "the module's own hook": (MEASURE, 'if not is_overridden(module, "on_train_batch_start"):', "if True:"),
     "the precision plugin's context": (STEP, "trainer.precision_plugin.train_step_context()", "ExitStack()"),
-    "steps of optimizers": (MANUAL, 'vars(optimizer)["step"] = self._step(i)', "pass"),
+    "steps of optimizers": (MANUAL, 'vars(optimizer)["step"] = partial(self._step, i)', "pass"),
     "other methods of optimizers": (MANUAL, "vars(optimizer)[name] = _do_nothing", "pass"),
     "what stands in for methods of optimizers": (
         MANUAL,

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -30,23 +31,6 @@ if TYPE_CHECKING:
 
 # What an optimizer may still be asked for; its `toggle_model` calls the module's `toggle_optimizer`.
 _READ_ONLY = frozenset({"state_dict", "toggle_model"})
-
-
-@dataclass(frozen=True)
-class ManualLoss:
-    """A loss of a manually optimised step.
-
-    Attributes:
-        call: The number of its backward pass in the step, from 0.
-        optimizers: The indices of the optimizers that it is for: the one that is toggled in that backward pass, or else
-            those that take a step before the next one.
-        name: What tells it from the other losses of the module, empty if there are none: the index of its optimizer if
-            it has one of its own, or else the number of its backward pass.
-    """
-
-    call: int
-    optimizers: frozenset[int]
-    name: str
 
 
 class ManualOptimization:
@@ -89,7 +73,7 @@ class ManualOptimization:
                 for name in dir(type(optimizer)):
                     if name[:1] != "_" and name not in _READ_ONLY and callable(getattr(type(optimizer), name)):
                         vars(optimizer)[name] = _do_nothing
-                vars(optimizer)["step"] = self._step(i)
+                vars(optimizer)["step"] = partial(self._step, i)
             for scaler in (value for value in kept if isinstance(value, GradScaler)):
                 stack.callback(restore_mapping, vars(scaler), dict(vars(scaler)))
                 vars(scaler).update(scale=lambda loss: loss, step=lambda optimizer: optimizer.step())
@@ -99,11 +83,16 @@ class ManualOptimization:
                 vars(scheduler)["step"] = _do_nothing
             yield
 
-    def losses(self, step: Callable[[], Any]) -> tuple[list[ManualLoss], list[Tensor]]:
-        """Run a step to its end, or until it raises after a loss, and return which losses it has, and the losses.
+    def losses(self, step: Callable[[], Any]) -> tuple[dict[str, set[int]], list[Tensor]]:
+        """Run a step to its end, or until it raises after a loss, and return its losses.
 
-        A loss that no optimizer step follows, as while gradients accumulate, is for those that followed it before, or
-        for the optimizer of its number if there are as many of both.
+        Returns:
+            The indices of the optimizers that each loss is for, by its name, and the losses, both in the order of
+            their backward passes. A loss is for the optimizer that is toggled in its backward pass, or else for those
+            that take a step before the next one. While gradients accumulate, no step follows: then it is for those that
+            followed it before, or for the optimizer of its number if there are as many of both. Its name is the index
+            of its optimizer if it has one of its own, or else the number of its backward pass; it is empty if there is
+            one loss for all optimizers.
 
         Raises:
             Exception: What the step raised before its first loss.
@@ -121,16 +110,17 @@ class ManualOptimization:
         for call, found in enumerate(run.optimizers):
             in_order = {call} if len(run.losses) == number else set(range(number))
             self._seen[call] = found or self._seen.get(call, set())
-            sets.append(frozenset(self._seen[call] or in_order))
-        alone = len(sets) == 1 and len(sets[0]) == number
-        one_each = all(len(indices) == 1 for indices in sets) and len(set(sets)) == len(sets)
+            sets.append(self._seen[call] or in_order)
+        if len(sets) == 1 and len(sets[0]) == number:
+            return {"": sets[0]}, run.losses
+        one_each = all(len(indices) == 1 for indices in sets) and len(set().union(*sets)) == len(sets)
         names = [str(*indices) if one_each else str(call) for call, indices in enumerate(sets)]
-        return [ManualLoss(i, sets[i], "" if alone else names[i]) for i in range(len(sets))], run.losses
+        return dict(zip(names, sets, strict=True)), run.losses
 
-    def parameters(self, loss: ManualLoss) -> set[int]:
-        """Return the identities of the parameters that the optimizers of a loss train: all, if the Trainer has none."""
-        optimizers = [self._trainer.optimizers[i] for i in loss.optimizers]
-        trained = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    def parameters(self, optimizers: set[int]) -> set[int]:
+        """Return the identities of the parameters that these optimizers train: all, if the Trainer has none."""
+        groups = [group for i in optimizers for group in self._trainer.optimizers[i].param_groups]
+        trained = {id(p) for group in groups for p in group["params"]}
         every = {id(p) for p in self._module.parameters()}
         return trained & every or every
 
@@ -157,11 +147,8 @@ class ManualOptimization:
     def _toggle(self, optimizer: Any) -> None:
         self._run.toggled = next((i for i, known in self._optimizers if known is optimizer), None)
 
-    def _step(self, index: int | None) -> Callable[..., Any]:
-        def step(closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-            return self._run.step(index, closure)
-
-        return step
+    def _step(self, index: int | None, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        return self._run.step(index, closure)
 
 
 class _Reached(BaseException):

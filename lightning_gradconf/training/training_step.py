@@ -15,7 +15,7 @@ from lightning_gradconf.gram.metric_answers import answered
 from lightning_gradconf.gram.module_state import untouched
 from lightning_gradconf.gram.objective import Objective, objective
 from lightning_gradconf.training.compat import has_argument
-from lightning_gradconf.training.manual_optimization import ManualLoss, ManualOptimization
+from lightning_gradconf.training.manual_optimization import ManualOptimization
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -38,7 +38,8 @@ class StepLoss:
     Attributes:
         batch_idx: The index that ``training_step`` is given.
         skipped: Whether no call has given a loss since this was last set to True.
-        losses: With ``manual`` and without ``call``, which losses the last call found.
+        losses: With ``manual`` and without ``call``, the indices of the optimizers of each loss that the last call
+            found, by its name.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class StepLoss:
         self.trainer, self.loss_fn, self.manual, self.call = trainer, loss_fn, manual, call
         self.batch_idx = 0
         self.skipped = True
-        self.losses: list[ManualLoss] = []
+        self.losses: dict[str, set[int]] = {}
         self._of_calls: dict[int, StepLoss] = {}
 
     def of_call(self, call: int) -> StepLoss:
@@ -126,11 +127,11 @@ def objectives(
     with untouched(module), layers, answered(target, unit) as measured:
         measured.at(measured.copies(), copy_of(unit), lambda loss: None)
     found = []
-    for one in loss.losses:
-        trained = loss.manual.parameters(one)
+    for call, (name, optimizers) in enumerate(loss.losses.items()):
+        trained = loss.manual.parameters(optimizers)
         own = {name: p for name, p in target.parameters.items() if id(p) in trained}
         if own:
             constants = target.constants | {name: p for name, p in target.parameters.items() if name not in own}
-            of_call = loss.of_call(one.call)
-            found.append(StepObjective(one.name, of_call, Objective(module, of_call, own, constants)))
+            of_call = loss.of_call(call)
+            found.append(StepObjective(name, of_call, Objective(module, of_call, own, constants)))
     return found
