@@ -31,10 +31,8 @@ _OTHER_NAMES = {
 }
 _BY_CLASS = ("within_class_cosine", "between_class_cosine")
 _OF_THE_MEASUREMENT = ("num_units", "seconds")  # no functions of the Gram
-_LOSS_FN = (
-    "loss_fn takes the module and a batch, and returns the loss of the batch: "
-    "loss_fn=lambda module, batch: F.cross_entropy(module(batch[0]), batch[1])"
-)
+LOSS_FN = "loss_fn=lambda module, batch: F.cross_entropy(module(batch[0]), batch[1])"
+_LOSS_FN = f"loss_fn takes the module and a batch, and returns the loss of the batch: {LOSS_FN}"
 
 
 def keywords_only(init: Init) -> Init:
@@ -54,8 +52,7 @@ def keywords_only(init: Init) -> Init:
             remedy = f"use {close}=" if close else f"its arguments are {', '.join(defaults)}"
             raise TypeError(f"{kind} has no argument {name}={kwargs[name]!r}; {remedy}")
         init(self, **kwargs)
-        given = ((name, value) for name, value in kwargs.items())
-        self._given = {name: value for name, value in given if not _equal(value, defaults[name])}
+        self._given = {name: value for name, value in kwargs.items() if not _equal(value, defaults[name])}
 
     return checked  # type: ignore[return-value]
 

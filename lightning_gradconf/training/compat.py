@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,11 +36,6 @@ else:
     _EXCEPTIONS = [import_module(f"{pl.__name__}.utilities.exceptions") for pl in NAMESPACES]
     _BASES = (*(exceptions.MisconfigurationException for exceptions in _EXCEPTIONS), ValueError)
     MisconfigurationException = type("MisconfigurationException", _BASES, {})
-
-
-def namespace(trainer: Trainer) -> ModuleType:
-    """Return the Lightning that ``trainer`` belongs to."""
-    return next(pl for pl in NAMESPACES if isinstance(trainer, pl.Trainer))
 
 
 def lightning_modules(module: Any) -> list[Any]:
@@ -88,9 +82,9 @@ def is_overridden(module: LightningModule, hook: str) -> bool:
     return not origin.startswith(("lightning.", "pytorch_lightning."))
 
 
-def has_argument(trainer: Trainer, hook: Callable[..., Any], name: str, **options: Any) -> bool:
+def has_argument(hook: Callable[..., Any], name: str, **options: Any) -> bool:
     """Return whether Lightning gives a hook this argument."""
-    signatures = import_module(f"{namespace(trainer).__name__}.utilities.signature_utils")
+    signatures = import_module(f"{NAMESPACES[0].__name__}.utilities.signature_utils")
     return bool(signatures.is_param_in_hook_signature(hook, name, **options))
 
 
@@ -110,7 +104,8 @@ def add_metrics(trainer: Trainer, values: Mapping[str, float], in_progress_bar: 
 
 def inform(trainer: Trainer, message: str) -> None:
     """Say something where Lightning says such things, on the first process."""
-    rank_zero = import_module(f"{namespace(trainer).__name__}.utilities.rank_zero")
+    its_own = next(pl for pl in NAMESPACES if isinstance(trainer, pl.Trainer))
+    rank_zero = import_module(f"{its_own.__name__}.utilities.rank_zero")
     rank_zero.rank_zero_info(f"GradientConfusionCallback: {message}")
 
 

@@ -19,6 +19,9 @@ class Overhead:
 
     Args:
         device: Where the training runs.
+
+    Attributes:
+        measurements: How many there were in this run.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -26,7 +29,7 @@ class Overhead:
         self._started = 0.0
         # When the first and the last measurement had been reported, and at which step.
         self._first = self._finished = (0.0, 0)
-        self._count = -1
+        self.measurements = 0
         self._measuring = 0.0
         self._preparing = 0.0  # since the last measurement
 
@@ -52,22 +55,17 @@ class Overhead:
     def finish(self, step: int) -> None:
         """Count the measurement that began last and has been reported now."""
         self._finished = perf_counter(), step
-        self._count += 1
-        if self._count == 0:
+        self.measurements += 1
+        if self.measurements == 1:
             self._first = self._finished
         else:
             self._measuring += self._finished[0] - self._started + self._preparing
         self._preparing = 0.0
 
     @property
-    def measurements(self) -> int:
-        """How many there were in this run."""
-        return self._count + 1
-
-    @property
     def seconds_of_measurement(self) -> float:
         """Mean time of a measurement and the report on it; 0 before there were two."""
-        return self._measuring / max(1, self._count)
+        return self._measuring / max(1, self.measurements - 1)
 
     @property
     def seconds_of_step(self) -> float:
@@ -99,7 +97,7 @@ class Overhead:
             present: What it is multiplied by now.
             limit: A part of the run's time.
         """
-        if self._count < _ENOUGH and self._measuring < _ENOUGH_SECONDS:
+        if self.measurements <= _ENOUGH and self._measuring < _ENOUGH_SECONDS:
             return present
         while present > 1 and self.share(interval * present // 2) < _MARGIN * limit:
             present //= 2

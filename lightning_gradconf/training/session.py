@@ -13,6 +13,7 @@ from lightning_gradconf.gram.ranks.process_group import Ranks, new_process_group
 from lightning_gradconf.gram.ranks.sharded import is_sharded
 from lightning_gradconf.gram.select import in_words
 from lightning_gradconf.reports.report import Reading, Report
+from lightning_gradconf.training.arguments import LOSS_FN
 from lightning_gradconf.training.compat import (
     collective_timeout,
     inform,
@@ -39,10 +40,9 @@ _MAX_FAILURES = 3
 _MISSED = 2
 # So many due steps without a backward pass are no longer those between which gradients accumulate.
 _MAX_WITHOUT_LOSS = 50
-_LOSS_FN = "loss_fn=lambda module, batch: F.cross_entropy(module(batch[0]), batch[1])"
 _NO_LOSS = (
     "no measurement took place: training_step called neither manual_backward nor backward(), so that there is no loss "
-    f"to measure. Pass the loss, such as {_LOSS_FN}."
+    f"to measure. Pass the loss, such as {LOSS_FN}."
 )
 
 
@@ -79,16 +79,17 @@ class Session:
         self.fixed: list[Any] = []
         self._load(state)
         over_batches = callback.every_n_epochs is not None
-        several = trainer.world_size > 1
         fixed = self.fixed[trainer.global_rank] if len(self.fixed) == trainer.world_size else None
         self.source = Source(
             callback.source, callback.unit_size, callback.num_units, callback.seed, over_batches, fixed
         )
-        self.ranks = new_process_group(module.device, collective_timeout(trainer)) if several else Ranks(module.device)
+        self.ranks = Ranks(module.device)
+        if trainer.world_size > 1:
+            self.ranks = new_process_group(module.device, collective_timeout(trainer))
         manual = None if module.automatic_optimization or callback.loss_fn else ManualOptimization(trainer, module)
         self.loss = StepLoss(trainer, callback.loss_fn, manual)
         self.reports: dict[str, Report] = {}
-        # The batch, its index and its step, where the end of an epoch may need them.
+        # The batch, its index and its step, of an epoch whose end has not been measured.
         self._last_batch: tuple[Any, int, int] | None = None
         self.sharded = is_sharded(module)
         self._failures = self._without_loss = 0
@@ -142,17 +143,15 @@ class Session:
         """Measure after the step of a batch with which an epoch ends, if it is one that is measured at its end."""
         if not self.active or self.callback.every_n_epochs is None or only_refreshes_statistics(self.trainer):
             return []
-        step, ends = logging_step(self.trainer), self.schedule.is_due_after(self.trainer)
-        self._last_batch = None if ends else (batch, batch_idx, step)  # an end is measured once
-        self.overhead.start()
-        return self._measure(batch, batch_idx, step) if ends and step != self.schedule.last_step else []
+        self._last_batch = batch, batch_idx, logging_step(self.trainer)
+        return self.at_end_of_epoch() if self.schedule.is_due_after(self.trainer) else []
 
     def at_end_of_epoch(self) -> list[Reading]:
-        """Measure the end of an epoch that did not come with a batch, if it is to be measured."""
+        """Measure the end of an epoch if it is to be measured, and has not been when its last batch was trained on."""
         if not self.active or self._last_batch is None or not self.schedule.is_due_at_end_of_epoch(self.trainer):
             return []
+        (batch, batch_idx, step), self._last_batch = self._last_batch, None
         self.overhead.start()
-        batch, batch_idx, step = self._last_batch
         return self._measure(batch, batch_idx, step) if step != self.schedule.last_step else []
 
     def _is_wanted(self) -> bool:
@@ -219,11 +218,9 @@ class Session:
 
     def _report_on(self, name: str) -> Report:
         """Return what reports the measurements of a loss, by its name."""
-        if name not in self.reports:
-            given, prefix = self.callback, f"{self.callback.prefix}/{name}" if name else self.callback.prefix
-            what = (given.statistics, given.per_layer, given.histogram, given.figures, given.top_pairs)
-            self.reports[name] = Report(*what, prefix)
-        return self.reports[name]
+        given, prefix = self.callback, f"{self.callback.prefix}/{name}" if name else self.callback.prefix
+        what = (given.statistics, given.per_layer, given.histogram, given.figures, given.top_pairs)
+        return self.reports.setdefault(name, Report(*what, prefix))
 
     def _stretch_interval(self) -> None:
         """Stretch an interval that is ours to choose until measuring keeps to its share, as rank 0 sees it."""
@@ -232,8 +229,7 @@ class Session:
             return
         stretch = self.overhead.stretch(schedule.every_n_train_steps, schedule.stretch, limit)
         (stretch, *_) = self.ranks.gather([stretch])
-        if stretch > schedule.stretch and "interval" not in self._said:
-            self._said.add("interval")
+        if stretch > schedule.stretch and self._is_new("interval"):
             inform(
                 self.trainer,
                 f"a measurement takes {1000 * self.overhead.seconds_of_measurement:.1f} ms and a step "
@@ -282,8 +278,7 @@ class Session:
     def _say_if_step_stopped(self) -> None:
         """Say once that losses may be missing, as a manually optimised step raised where gradients were missing."""
         stopped = self.loss.manual.stopped if self.loss.manual is not None else ""
-        if stopped and "stopped" not in self._said:
-            self._said.add("stopped")
+        if stopped and self._is_new("stopped"):
             inform(
                 self.trainer,
                 f"while measuring, no backward pass takes place, and training_step raises after it: {stopped}. The "
@@ -305,15 +300,19 @@ class Session:
 
     def warn_once(self, message: str, detail: str = "") -> None:
         """Warn of something that all ranks know, once in this run; ``detail`` is what may differ between times."""
-        if message not in self._said:
-            self._said.add(message)
+        if self._is_new(message):
             warn(message + detail)
 
     def _warn_of_error(self, what: str, error: Exception, advice: str) -> None:
         message = f"{what} and training goes on as without it. {in_words(error)}. {advice}"
-        if message not in self._said:
-            self._said.add(message)
+        if self._is_new(message):
             warn_here(message)
+
+    def _is_new(self, message: str) -> bool:
+        """Return whether this run has not said something before, and note that it says it now."""
+        is_new = message not in self._said
+        self._said.add(message)
+        return is_new
 
     def _count_failure(self, error: Exception) -> None:
         """Say that a measurement failed, and switch off after a few in a row."""
@@ -323,7 +322,7 @@ class Session:
         if self.loss.manual is None:
             remedy = "; to see the whole error, run gradient_gram on this module and a batch."
         else:  # gradient_gram takes a loss, which such a step does not return
-            remedy = f". With manual optimization it helps to pass the loss, such as {_LOSS_FN}."
+            remedy = f". With manual optimization it helps to pass the loss, such as {LOSS_FN}."
         remedy = self._advice or f"After {_MAX_FAILURES} failures in a row it stops trying{remedy}"
         self._warn_of_error("a measurement failed", error, remedy)
 

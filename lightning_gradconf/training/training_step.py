@@ -82,7 +82,7 @@ class StepLoss:
         return torch.stack([loss.reshape(()) for loss in losses]).sum() if losses else None
 
     def _training_step(self, module: LightningModule, batch: Any) -> Any:
-        if has_argument(self.trainer, module.training_step, "batch_idx", min_args=2):
+        if has_argument(module.training_step, "batch_idx", min_args=2):
             return module.training_step(batch, self.batch_idx)
         return module.training_step(batch)
 

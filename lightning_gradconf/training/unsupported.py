@@ -29,7 +29,7 @@ def reason_not_to_start(callback: GradientConfusionCallback, trainer: Trainer, m
             f"{type(trainer.strategy).__name__} is not supported yet; measure in a run with strategy='ddp' or on one "
             "device (devices=1)"
         )
-    if callback.loss_fn is None and has_argument(trainer, module.training_step, "dataloader_iter", explicit=True):
+    if callback.loss_fn is None and has_argument(module.training_step, "dataloader_iter", explicit=True):
         return "training_step takes a dataloader_iter, which cannot be shared; let it take (batch, batch_idx)"
     if any(callback.source is loader for loader in loaders_in(trainer.train_dataloader).values()):
         return "source= is the training loader itself, whose order would change; use source='fresh'"
