@@ -117,8 +117,7 @@ class Report:
     top_pairs: int
     prefix: str
     _compared: Settings | None = None  # what the last measurement compared
-    _steps: list[int] = field(default_factory=list)
-    _of_layers: dict[str, list[float]] = field(default_factory=dict)
+    _of_layers: dict[int, dict[str, float]] = field(default_factory=dict)  # by step
 
     def read(self, measured: Measurement) -> Reading:
         """Return what a measurement says, and keep what it says of submodules for the end of the run."""
@@ -139,11 +138,7 @@ class Report:
     def _layers_of(self, measured: Measurement) -> dict[str, float]:
         layers = _layers(measured.grams, self.per_layer)
         values = {layer: float(min_cosine(torch.stack(grams).sum(0))) for layer, grams in layers.items()}
-        for layer in values:
-            self._of_layers.setdefault(layer, [math.nan] * len(self._steps))  # frozen until now
-        for layer, known in self._of_layers.items():
-            known.append(values.get(layer, math.nan))
-        self._steps.append(measured.step)
+        self._of_layers[measured.step] = values
         return values
 
     def _pairs_of(self, measured: Measurement) -> list[Pair]:
@@ -172,11 +167,11 @@ class Report:
             figures["density"] = plots.plot_density(measured.gram)
             if measured.labels is not None:
                 figures["classes"] = plots.plot_classes(measured.gram, measured.labels)
-        images = [_image(unit) for unit in measured.units]
-        one_shape = len({None if image is None else image.shape for image in images}) == 1 and images[0] is not None
-        if pairs and one_shape and find_spec("matplotlib") is not None:
+        images = [image for unit in measured.units if (image := _image(unit)) is not None]
+        of_all = len(images) == len(measured.gram) and len({image.shape for image in images}) == 1
+        if pairs and of_all and find_spec("matplotlib") is not None:
             first = pairs[:_MOST_IMAGES]
-            shown = torch.stack([torch.stack([images[i] for i in pair.units]) for pair in first])  # type: ignore[misc]
+            shown = torch.stack([torch.stack([images[i] for i in pair.units]) for pair in first])
             figures["top_pairs"] = plots.plot_pairs(shown, [_caption(pair) for pair in first])
         return figures
 
@@ -215,11 +210,15 @@ class Report:
 
     def show_layers(self, loggers: Sequence[Any]) -> None:
         """Send the picture of what all measurements have found layer by layer."""
-        if not self._of_layers or find_spec("matplotlib") is None:
+        layers = list(dict.fromkeys(layer for values in self._of_layers.values() for layer in values))
+        if not layers or find_spec("matplotlib") is None:
             return
-        figure = plots.plot_layers(self._of_layers, self._steps)
+        # A layer that was frozen at a step has no value there.
+        curves = {layer: [values.get(layer, math.nan) for values in self._of_layers.values()] for layer in layers}
+        steps = list(self._of_layers)
+        figure = plots.plot_layers(curves, steps)
         for logger in loggers:
-            show_figure(logger, f"{self.prefix}/layers", figure, self._steps[-1])
+            show_figure(logger, f"{self.prefix}/layers", figure, steps[-1])
 
 
 def _layers(grams: Mapping[str, Tensor], per_layer: bool | int) -> dict[str, list[Tensor]]:

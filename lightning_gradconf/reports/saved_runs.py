@@ -22,7 +22,7 @@ def read_runs(paths: Iterable[str | Path]) -> dict[str, dict[str, Curve]]:
     that holds such files; its name is its path below what all runs share. Raises ``FileNotFoundError`` for a path
     that is not there or without any run.
     """
-    return {name: curves for name, (curves, _) in _read(paths, prefix="").items()}
+    return read_sources(list(paths))[0]
 
 
 def read_settings(paths: Iterable[str | Path], prefix: str = "gradient_confusion") -> dict[str, Settings]:
@@ -30,7 +30,7 @@ def read_settings(paths: Iterable[str | Path], prefix: str = "gradient_confusion
 
     Runs have the names that ``read_runs`` gives them. Raises ``FileNotFoundError`` for a path without any run.
     """
-    return {name: settings for name, (_, settings) in _read(paths, prefix).items() if settings is not None}
+    return read_sources(list(paths), prefix)[1]
 
 
 def read_sources(
@@ -147,7 +147,7 @@ def _read_csv(file: Path, prefix: str) -> tuple[dict[str, Curve], dict[str, str]
             with suppress(KeyError, TypeError, ValueError):  # cells may be empty, or hold text
                 curves.setdefault(key, {})[int(row["step"])] = float(row[key])
     table = file.parent / prefix / "settings.csv"
-    settings = _rows(table)[-1] if prefix and table.is_file() else None
+    settings = _rows(table)[-1] if table.is_file() else None
     return {key: curve for key, curve in curves.items() if curve}, settings
 
 
