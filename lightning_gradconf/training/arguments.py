@@ -92,9 +92,10 @@ def flag(**argument: Any) -> bool:
 
 def share(max_overhead: Any) -> float | None:
     """Return ``max_overhead``, a part of the run's time, or None for no bound."""
-    number = isinstance(max_overhead, int | float) and not isinstance(max_overhead, bool)
-    if max_overhead is None or (number and 0 < max_overhead <= 1):
-        return None if max_overhead is None else float(max_overhead)
+    if max_overhead is None:
+        return None
+    if isinstance(max_overhead, int | float) and not isinstance(max_overhead, bool) and 0 < max_overhead <= 1:
+        return float(max_overhead)
     raise ValueError(
         f"max_overhead={max_overhead!r} must be a part of the run's time, above 0 and at most 1: 0.05 is 5 %. None "
         "keeps to the interval of the Trainer, whatever it costs"
@@ -163,15 +164,14 @@ def loss_function(loss_fn: Any) -> Any:
 
 def names_of_statistics(statistics: Any, with_labels: bool) -> tuple[str, ...]:
     """Return the names that ``statistics`` stands for; with labels, those of classes are among the default ones."""
-    if not isinstance(statistics, str) and (not isinstance(statistics, Sequence) or not statistics):
+    if isinstance(statistics, str):
+        more = {"default": _BY_CLASS if with_labels else (), "all": _OF_THE_MEASUREMENT}
+        return statistic_names(statistics, with_labels=with_labels) + more.get(statistics, ())
+    if not isinstance(statistics, Sequence) or not statistics:
         raise ValueError(
             f"statistics={statistics!r} names nothing to log; give names such as ['eta', 'min_cosine'], 'default' or "
             "'all'"
         )
-    if isinstance(statistics, str):
-        names = statistic_names(statistics, with_labels=with_labels)
-        more = {"default": _BY_CLASS if with_labels else (), "all": _OF_THE_MEASUREMENT}
-        return names + more.get(statistics, ())
     statistic_names([name for name in statistics if name not in _OF_THE_MEASUREMENT], with_labels=with_labels)
     return tuple(statistics)
 

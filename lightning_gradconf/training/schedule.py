@@ -43,10 +43,9 @@ class Schedule:
 
         The phase is that of ``Trainer(log_every_n_steps)``, at the batch that completes the optimizer step.
         """
-        step, interval = logging_step(trainer), self.every_n_train_steps * self.stretch
-        if step == self.last_step:  # it stays the same while gradients accumulate
+        if logging_step(trainer) == self.last_step:  # it stays the same while gradients accumulate
             self.owed = False
-        elif self.every_n_epochs is None and (step + 1) % interval == 0 and completes_step(trainer):
+        elif self.steps_left(trainer) == 0 and completes_step(trainer):
             self.missed += self.owed
             self.owed = True
         elif self.is_due_at_end_of_epoch(trainer) and (trainer.is_last_batch or _reaches_max_steps(trainer, 1)):
