@@ -88,10 +88,9 @@ def draw_density(axes: Axes, gram: Tensor) -> None:
     axes.set_title(f"{len(gram)} gradients: {_number(negative, digits=0)} % of pairs negative")
     width = 3.5 * cosines.std(correction=0).item() / len(cosines) ** (1 / 3)  # Scott's rule
     bins = 2 * round(min(max(1 / max(width, 1e-6), 12), 60))  # even, so that no bar straddles zero
-    heights = torch.histc(cosines, bins, min=-1, max=1) * bins / 2 / len(cosines)
-    centres = (torch.arange(bins) + 0.5) * 2 / bins - 1
-    colours = [_NEGATIVE if centre < 0 else _POSITIVE for centre in centres.tolist()]
-    axes.bar(centres.numpy(), heights.numpy(), width=1.9 / bins, color=colours, alpha=0.45)
+    heights, edges = torch.histogram(cosines, bins, range=(-1, 1), density=True)
+    colours = [_NEGATIVE] * (bins // 2) + [_POSITIVE] * (bins // 2)
+    axes.bar((edges[:-1] + 1 / bins).numpy(), heights.numpy(), width=1.9 / bins, color=colours, alpha=0.45)
     if (density := _density(cosines)) is not None:
         axes.plot(*density, color=_INK, linewidth=1.4)
     for name, cosine, style in (("min", lowest, ":"), ("mean", mean, "--")):
