@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lightning_gradconf.plots import plot_runs
-from lightning_gradconf.reports.saved_runs import Curve, loss_keys, measured, read_sources
+from lightning_gradconf.reports.saved_runs import Curve, loss_keys, read_sources, with_confusion
 from lightning_gradconf.reports.settings import Settings, why_not_comparable
 
 _BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", "_.-=+*%#"  # from low to high
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         found, settings = read_sources(options.logdir, options.prefix)
-        runs = measured(found, options.keys, options.prefix)
+        runs = with_confusion(found, options.keys, options.prefix)
         settings = {name: of for name, of in settings.items() if name in runs}
         print(table(runs, options.keys, options.prefix, _levels(sys.stdout.encoding), settings))
         if others := [name for name in found if name not in runs]:

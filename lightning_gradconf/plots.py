@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_gradconf.reports.saved_runs import Curve, accuracy_keys, loss_keys, measured, read_sources
+from lightning_gradconf.reports.saved_runs import Curve, accuracy_keys, loss_keys, read_sources, with_confusion
 from lightning_gradconf.reports.settings import Settings, why_not_comparable
 from lightning_gradconf.statistics import (
     _checked_labels,
@@ -208,7 +208,7 @@ def plot_curves(
     ``ValueError`` if no run has ``prefix`` or one of ``keys``, and ``ImportError`` without matplotlib.
     """
     runs, settings = read_sources(source, prefix)
-    return plot_runs(measured(runs, keys, prefix), keys, prefix, settings)
+    return plot_runs(with_confusion(runs, keys, prefix), keys, prefix, settings)
 
 
 def plot_runs(

@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from lightning_gradconf.__main__ import main, sparkline
 from lightning_gradconf.plots import plot_curves
 from lightning_gradconf.reports.loggers import show_table
-from lightning_gradconf.reports.saved_runs import accuracy_keys, loss_keys, measured, read_runs, read_settings
+from lightning_gradconf.reports.saved_runs import accuracy_keys, loss_keys, read_runs, read_settings, with_confusion
 from lightning_gradconf.reports.settings import Settings, row_of
 
 pytest.importorskip("matplotlib")
@@ -101,7 +101,7 @@ def test_losses_and_accuracies_are_known_by_name():
 
 
 def test_runs_without_our_keys_are_left_out():
-    assert measured({"a": CURVES, "b": {"train_loss": {0: 1.0}}}) == {"a": CURVES}
+    assert with_confusion({"a": CURVES, "b": {"train_loss": {0: 1.0}}}) == {"a": CURVES}
 
 
 def test_table_and_figure(tmp_path, capsys):

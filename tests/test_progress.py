@@ -79,7 +79,7 @@ def test_other_ranks_show_nothing():
     class Elsewhere:
         progress_bar_callback, global_rank = TQDMProgressBar(), 1
 
-    with progress.shown(Elsewhere()) as shown:
+    with progress.progress_bar(Elsewhere()) as shown:
         assert shown is None
 
 
@@ -91,7 +91,7 @@ def test_the_bar_goes_when_a_measurement_fails(monkeypatch):
     class Here:
         progress_bar_callback, global_rank = TQDMProgressBar(), 0
 
-    with pytest.raises(ZeroDivisionError), progress.shown(Here()) as shown:  # noqa: PT012
+    with pytest.raises(ZeroDivisionError), progress.progress_bar(Here()) as shown:  # noqa: PT012
         shown(1, 2)
         raise ZeroDivisionError
     assert closed == [True]

@@ -52,7 +52,7 @@ def read_sources(
     return runs, settings
 
 
-def measured(
+def with_confusion(
     runs: Mapping[str, dict[str, Curve]], keys: Iterable[str] | None = None, prefix: str = "gradient_confusion"
 ) -> dict[str, dict[str, Curve]]:
     """Return those of ``runs`` that hold what the callback logs under ``prefix``.

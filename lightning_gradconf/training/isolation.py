@@ -51,7 +51,7 @@ def no_trace(trainer: Trainer, module: LightningModule, loaders: Any) -> Iterato
         stack.enter_context(untouched(module, *groups, *schedulers, *containers, data=data, tensors=tensors))
         trainer.loggers = [silent(logger) for logger in trainer.loggers]
         for part in lightning_modules(module):
-            vars(part)["log"] = vars(part)["print"] = _ignore  # `untouched` removes them again; log_dict calls log
+            vars(part)["log"] = vars(part)["print"] = do_nothing  # `untouched` removes them again; log_dict calls log
         # What the user's code says about single samples is no news, and must not use up what is said only once.
         stack.enter_context(without_warnings())
         stack.enter_context(without_logging())
@@ -91,5 +91,5 @@ def _digest(value: Any) -> bytes:
     return digest.digest()
 
 
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Stand in for ``log`` and ``print``."""
+def do_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand in for what must not happen while measuring, such as ``log``."""

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_gradconf.gram.restoring import restore_mapping
 from lightning_gradconf.gram.select import in_words
 from lightning_gradconf.training.compat import lightning_modules
+from lightning_gradconf.training.isolation import do_nothing
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -64,7 +65,7 @@ class ManualOptimization:
                 attributes["manual_backward"] = lambda loss, *args, **kwargs: self._run.backward(loss)
                 attributes["toggle_optimizer"] = self._toggle
                 attributes["untoggle_optimizer"] = lambda optimizer: self._toggle(None)
-                attributes["clip_gradients"] = _do_nothing
+                attributes["clip_gradients"] = do_nothing
             kept = [value for part in lightning_modules(self._module) for value in vars(part).values()]
             known = {id(optimizer) for _, optimizer in self._optimizers}
             own = [(None, value) for value in kept if isinstance(value, Optimizer) and id(value) not in known]
@@ -72,15 +73,15 @@ class ManualOptimization:
                 stack.callback(restore_mapping, vars(optimizer), dict(vars(optimizer)))
                 for name in dir(type(optimizer)):
                     if name[:1] != "_" and name not in _READ_ONLY and callable(getattr(type(optimizer), name)):
-                        vars(optimizer)[name] = _do_nothing
+                        vars(optimizer)[name] = do_nothing
                 vars(optimizer)["step"] = partial(self._step, i)
             for scaler in (value for value in kept if isinstance(value, GradScaler)):
                 stack.callback(restore_mapping, vars(scaler), dict(vars(scaler)))
                 vars(scaler).update(scale=lambda loss: loss, step=lambda optimizer: optimizer.step())
-                vars(scaler).update(unscale_=_do_nothing, update=_do_nothing)
+                vars(scaler).update(unscale_=do_nothing, update=do_nothing)
             for scheduler in (*self._schedulers, *(value for value in kept if isinstance(value, LRScheduler))):
                 stack.callback(restore_mapping, vars(scheduler), dict(vars(scheduler)))
-                vars(scheduler)["step"] = _do_nothing
+                vars(scheduler)["step"] = do_nothing
             yield
 
     def losses(self, step: Callable[[], Any]) -> tuple[dict[str, set[int]], list[Tensor]]:
@@ -199,7 +200,3 @@ class _Backward(TorchFunctionMode):
         if func is Tensor.backward:
             return self.run.backward(args[0])
         return func(*args, **(kwargs or {}))
-
-
-def _do_nothing(*args: Any, **kwargs: Any) -> None:
-    """Stand in for what changes weights, gradients or learning rates."""

@@ -22,7 +22,7 @@ from lightning_gradconf.training.compat import is_overridden
 from lightning_gradconf.training.feed import feed_of
 from lightning_gradconf.training.isolation import digests
 from lightning_gradconf.training.manual_optimization import ManualOptimization
-from lightning_gradconf.training.progress import shown
+from lightning_gradconf.training.progress import progress_bar
 from lightning_gradconf.training.training_step import StepLoss, StepObjective, objectives
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def _grams(
 ) -> tuple[dict[str, Tensor], str]:
     """Return the Gram of each parameter for one loss of the step, and the engine that computed them."""
     callback, batches, unit_size = session.callback, [unit.batch for unit in units], units[0].size
-    with shown(session.trainer) as progress:
+    with progress_bar(session.trainer) as progress:
         options: dict[str, Any] = {
             "dropout": callback.dropout,
             "memory_budget": callback.memory_budget,

@@ -18,7 +18,7 @@ _TITLE = "Gradient confusion"
 
 
 @contextmanager
-def shown(trainer: Trainer) -> Iterator[Progress | None]:
+def progress_bar(trainer: Trainer) -> Iterator[Progress | None]:
     """Yield what shows how many gradients were computed; None on other ranks than the first, and with bars off.
 
     Bars come up after a few seconds and are gone when the measurement is.
