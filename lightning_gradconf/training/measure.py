@@ -194,7 +194,7 @@ def _grams(
 def _left_no_trace(session: Session, before: dict[str, bytes]) -> bool:
     """Return whether the state of the run is what it was, on all ranks; if not, switch off and say so."""
     after = digests(session.trainer, session.module)
-    changed = [name for name in before if before[name] != after.get(name)]
+    changed = [name for name in before if before[name] != after[name]]
     if session.ranks.minimum(not changed):
         return True
     session.switch_off(

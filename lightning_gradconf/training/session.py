@@ -89,7 +89,7 @@ class Session:
         manual = None if module.automatic_optimization or callback.loss_fn else ManualOptimization(trainer, module)
         self.loss = StepLoss(trainer, callback.loss_fn, manual)
         self.reports: dict[str, Report] = {}
-        # The batch, its index and its step, of an epoch whose end has not been measured.
+        # The last batch of the epoch, its index and its step, until the end of the epoch.
         self._last_batch: tuple[Any, int, int] | None = None
         self.sharded = is_sharded(module)
         self._failures = self._without_loss = 0
@@ -148,9 +148,10 @@ class Session:
 
     def at_end_of_epoch(self) -> list[Reading]:
         """Measure the end of an epoch if it is to be measured, and has not been when its last batch was trained on."""
-        if not self.active or self._last_batch is None or not self.schedule.is_due_at_end_of_epoch(self.trainer):
+        last, self._last_batch = self._last_batch, None
+        if not self.active or last is None or not self.schedule.is_due_at_end_of_epoch(self.trainer):
             return []
-        (batch, batch_idx, step), self._last_batch = self._last_batch, None
+        batch, batch_idx, step = last
         self.overhead.start()
         return self._measure(batch, batch_idx, step) if step != self.schedule.last_step else []
 

@@ -8,7 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.callbacks import EarlyStopping, Timer
+from pytorch_lightning.callbacks import EarlyStopping, StochasticWeightAveraging, Timer
 from runs import CLASSES, FEATURES, PREFIX, QUIET, Data, Module, Rows, loader
 from torch import nn
 from torch.utils.data import DataLoader
@@ -94,6 +94,16 @@ ENDS = {
 def test_one_measurement_at_the_end_of_each_epoch(end):
     module, options, confusion, want = ENDS[end]
     assert fit(module(), FRESH | confusion, **options)[0] == want
+
+
+def test_the_epoch_in_which_weight_averaging_only_refreshes_batchnorm_is_not_measured():
+    class WithBatchNorm(Module):
+        def make_net(self):
+            return nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES))
+
+    averaging = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+    steps, trainer = fit(WithBatchNorm(), FRESH | {"every_n_epochs": 2}, callbacks=[averaging], max_epochs=3)
+    assert trainer.current_epoch == 4 and steps == [0, 11]
 
 
 def test_a_last_batch_that_completes_the_units_is_measured_once():
