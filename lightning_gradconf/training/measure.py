@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +20,7 @@ from lightning_gradconf.gram.ranks.process_group import Ranks
 from lightning_gradconf.gram.select import gram_of_units, in_words
 from lightning_gradconf.reports.report import Measurement
 from lightning_gradconf.training.compat import is_overridden
-from lightning_gradconf.training.feed import feed_of
-from lightning_gradconf.training.isolation import digests
+from lightning_gradconf.training.isolation import digests, no_trace
 from lightning_gradconf.training.manual_optimization import ManualOptimization
 from lightning_gradconf.training.progress import progress_bar
 from lightning_gradconf.training.training_step import StepLoss, StepObjective, objectives
@@ -47,7 +47,7 @@ def measured(session: Session, batch: Any, batch_idx: int, step: int) -> list[Me
     try:
         return _measured(session, batch, batch_idx, step)
     except Exception as error:
-        feed = feed_of(session.trainer, session.module)
+        feed = feed_of(session)
         if session.ranks.minimum(not session.source.pads(feed, step)):
             raise
         session.source.collate_instead(feed, in_words(error))
@@ -67,7 +67,7 @@ def _measured(session: Session, batch: Any, batch_idx: int, step: int) -> list[M
         sharded.reshard(module)
     session.loss.batch_idx, session.loss.skipped = batch_idx, True
     before = digests(trainer, module) if session.callback.verify and session.n is None else {}
-    feed = feed_of(trainer, module)
+    feed = feed_of(session)
     found: list[Measurement] = []
     with _isolated(session, feed):
         units = _units(session, feed, batch, batch_idx, step)
@@ -84,6 +84,25 @@ def _measured(session: Session, batch: Any, batch_idx: int, step: int) -> list[M
             "unit_size='batch', or source='fresh'."
         )
     return found
+
+
+def feed_of(session: Session) -> Feed:
+    """Return what the Trainer trains on now: a hook may have put other loaders in the place of the first."""
+    trainer, module = session.trainer, session.module
+
+    def prepare(batch: Any) -> Any:
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+    return Feed(
+        loaders=trainer.train_dataloader,
+        prepare=prepare,
+        isolated=partial(no_trace, trainer, module),
+        batches=trainer.num_training_batches,
+        rank=trainer.global_rank,
+        overfitted=int(trainer.num_training_batches) if trainer.overfit_batches else None,  # type: ignore[attr-defined]
+    )
 
 
 @contextmanager
@@ -211,7 +230,7 @@ def advice(session: Session, batch: Any, batch_idx: int, step: int) -> str:
 
     def works(unit_size: int) -> bool:
         """Return whether the module's loss has a gradient on a unit of so many samples."""
-        callback, module, feed = session.callback, session.module, feed_of(session.trainer, session.module)
+        callback, module, feed = session.callback, session.module, feed_of(session)
         source = Source(callback.source, unit_size, 1, callback.seed, over_batches=False)
         loss = StepLoss(session.trainer, callback.loss_fn)
         loss.batch_idx = batch_idx

@@ -10,12 +10,6 @@ if TYPE_CHECKING:
     from pytorch_lightning import Trainer
 
 
-def interval_in_steps(every_n_train_steps: int | None, trainer: Trainer) -> int:
-    """Return the interval that the user gave, or else that of the Trainer's own logging; 0 is never."""
-    logged = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
-    return logged if every_n_train_steps is None else every_n_train_steps
-
-
 class Schedule:
     """When one run is measured: at every n-th step or at the end of every n-th epoch, and first as soon as it can be.
 

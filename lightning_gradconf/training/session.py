@@ -22,12 +22,11 @@ from lightning_gradconf.training.compat import (
     warn,
     warn_here,
 )
-from lightning_gradconf.training.feed import feed_of
 from lightning_gradconf.training.manual_optimization import ManualOptimization
-from lightning_gradconf.training.measure import advice, measured
+from lightning_gradconf.training.measure import advice, feed_of, measured
 from lightning_gradconf.training.overhead import Overhead
 from lightning_gradconf.training.publish import conclude, publish
-from lightning_gradconf.training.schedule import Schedule, interval_in_steps
+from lightning_gradconf.training.schedule import Schedule
 from lightning_gradconf.training.training_step import StepLoss
 
 if TYPE_CHECKING:
@@ -74,7 +73,8 @@ class Session:
         self.callback, self.trainer, self.module = callback, trainer, module
         self.active = True
         self.n: int | None = None
-        self.schedule = Schedule(interval_in_steps(callback.every_n_train_steps, trainer), callback.every_n_epochs)
+        interval = callback.every_n_train_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        self.schedule = Schedule(interval, callback.every_n_epochs)
         self.overhead = Overhead(module.device)
         self.fixed: list[Any] = []
         self._load(state)
@@ -127,10 +127,9 @@ class Session:
         """Measure before the step of a batch if it is time, and keep copies of its units where they are needed."""
         if not self.active or only_refreshes_statistics(self.trainer):
             return []
-        trainer, due = self.trainer, self.schedule.is_due(self.trainer)
-        feed, left = feed_of(trainer, self.module), self.schedule.steps_left(trainer)
+        due, left = self.schedule.is_due(self.trainer), self.schedule.steps_left(self.trainer)
         self.overhead.start()
-        if self.source.see(feed, batch, batch_idx, due, left, trainer.is_last_batch):
+        if self.source.see(feed_of(self), batch, batch_idx, due, left, self.trainer.is_last_batch):
             self.overhead.prepare()
         if not due:
             return []

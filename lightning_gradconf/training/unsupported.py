@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from lightning_gradconf.batches.loaders import loaders_in
 from lightning_gradconf.gram.ranks import sharded
 from lightning_gradconf.training.compat import has_argument
-from lightning_gradconf.training.schedule import interval_in_steps
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -38,6 +37,7 @@ def reason_not_to_start(callback: GradientConfusionCallback, trainer: Trainer, m
         if not any(fnmatchcase(name, pattern) for name in names):
             like = ", ".join(map(repr, names[:5]))
             return f"parameters={pattern!r} matches none of the {len(names)} parameters; their names are like {like}"
-    if callback.every_n_epochs is None and interval_in_steps(callback.every_n_train_steps, trainer) == 0:
+    never = trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+    if never and callback.every_n_train_steps is None and callback.every_n_epochs is None:
         return "Trainer(log_every_n_steps=0) means never; pass every_n_train_steps= to measure"
     return None
