@@ -27,7 +27,8 @@ class GradientConfusionCallback(Callback):
     At set steps the callback takes ``num_units`` units of ``unit_size`` samples, computes the gradient of the module's
     own ``training_step`` on each, and logs statistics of their inner products
     :math:`K_{ij} = \langle g_i, g_j \rangle` and cosines :math:`C_{ij}`. All gradients are taken at the weights before
-    the optimizer step. Values are logged at the step of the batch's own loss. The first batch is always measured.
+    the optimizer step. Values are logged at the step of the batch's own loss. The first measurement is at the first
+    batch, or as soon as there are enough units.
 
     Logged Metrics (``statistics="default"``), under ``{prefix}/``:
 
@@ -46,8 +47,8 @@ class GradientConfusionCallback(Callback):
     pairs, and the paper draws 100 pairs of mini-batches an epoch. Units are drawn without replacement: a dataset of
     1797 samples gives 14 of them.
 
-    A checkpoint holds n, the interval and what else a resumed run needs to be measured at the steps of the
-    uninterrupted one.
+    A checkpoint holds the number of units and the schedule. So a resumed run is measured at the same steps, and with as
+    many units, as an uninterrupted run.
 
     With manual optimization, the loss is what ``training_step`` passes to ``manual_backward``. Several losses are
     measured at the same weights, each for the parameters of its optimizer, and logged under
@@ -57,30 +58,30 @@ class GradientConfusionCallback(Callback):
     ``unit_size`` samples of each rank.
 
     Args:
-        every_n_train_steps: Measure at every n-th optimizer step. By default, and without ``every_n_epochs``, it is
-            the Trainer's ``log_every_n_steps``, stretched by ``max_overhead``.
-        every_n_epochs: Measure at the end of every n-th training epoch, however it ends and before validation, as the
-            paper does.
-        max_overhead: The part of the run's time that measuring may take where you give no interval: 0.05 is 5 %. The
-            default interval is stretched by powers of two, from the times that measurements and steps take. None keeps
-            to the interval of the Trainer.
+        every_n_train_steps: Measure at every n-th optimizer step. If you give neither this nor ``every_n_epochs``, the
+            interval is the Trainer's ``log_every_n_steps``, or a multiple of it (see ``max_overhead``).
+        every_n_epochs: Measure at the end of every n-th training epoch, however it ends and before its validation, as
+            the paper does.
+        max_overhead: The largest part of the run's time that measuring may take, if you give no interval: 0.05 is 5 %.
+            The default interval is doubled until measuring keeps to it, from the times that measurements and steps
+            take. None never doubles it.
         num_units: How many gradients are compared.
         unit_size: Samples behind each gradient; ``"batch"`` is a whole batch of the loader.
-        source: ``"current"`` takes samples of the batch in training, or where one is not enough (``"batch"``,
-            ``every_n_epochs``) of the most recent ones; where samples cannot be cut out of a batch, such as graphs, it
-            draws like ``"fresh"`` and says so. ``"fresh"`` draws from the training dataset each time, each unit alone;
-            ``"fixed"`` draws once; a DataLoader gives its first samples each time.
+        source: Where samples come from. ``"current"``: the batch in training, or the most recent batches if one is not
+            enough (``unit_size="batch"``, ``every_n_epochs``). If samples cannot be cut out of a batch, such as graphs,
+            they are drawn as with ``"fresh"``, and a warning says so. ``"fresh"``: new samples of the training dataset
+            at each measurement. ``"fixed"``: samples drawn once. A DataLoader: its first samples at each measurement.
         engine: How gradients are computed; see `gradient_gram`. All give the same numbers.
         parameters: Glob patterns on names of parameters; None is all that require grad.
         loss_fn: ``loss_fn(module, batch)``, instead of ``training_step``.
         memory_budget: Bytes, or a text like ``"2GB"``, that each process may fill with gradients beside what a
             training step takes. If not all fit, some are computed again: the values are the same, and take longer.
-            None is half of the free memory. ``ghost`` holds none but those of parameters that are transformed before
-            they meet the data (weight_norm), and is left if these do not fit.
+            None is half of the free memory. The engine ``"ghost"`` holds no gradients, except those of parameters that
+            are transformed before they meet the data (weight_norm); if these do not fit, ``"auto"`` takes another one.
         dropout: Measure with dropout on. By default its probability is zero while measuring, and layers that add noise
-            in training alone, such as stochastic depth, are still.
-        statistics: Names of statistics, ``"default"`` or ``"all"``. Among all are ``num_units``, the n of this run, and
-            ``seconds``, the time that a measurement took.
+            only in training, such as stochastic depth, add none.
+        statistics: Which statistics to log: ``"default"``, ``"all"``, or a list of names in place of the default ones.
+            Among all are ``num_units``, the n of this run, and ``seconds``, the time that a measurement took.
         per_layer: Log ``{prefix}/min_cosine/{submodule}`` too: of each submodule that has parameters (True), or of
             submodules at this depth of names (1 is ``encoder``, 2 is ``encoder.block1``). At the end of the run a
             heatmap of submodules and steps is logged, if matplotlib is installed.
@@ -99,8 +100,8 @@ class GradientConfusionCallback(Callback):
             measurement of a run, and switch off with a warning if it changed any. Use it when in doubt.
 
     Attributes:
-        last_gram: The Gram ``(n, n)`` of the last measurement, on the CPU; None before the first. Of several losses in
-            a step, it is that of the last.
+        last_gram: The Gram ``(n, n)`` of the last measurement, on the CPU; None before the first. If a step has several
+            losses, it is that of the last one.
         last_statistics: What it logged, by the names of the statistics; of several losses all, as ``0/eta``, ``1/eta``.
         last_step: The step that it was logged at.
         last_engine: The engine that computed it.
@@ -110,7 +111,7 @@ class GradientConfusionCallback(Callback):
 
     Raises:
         ValueError: An argument is out of its range; the message names it.
-        TypeError: An argument has no name, or a name that is unknown.
+        TypeError: An argument is passed by position, or has an unknown name.
         MisconfigurationException: ``every_n_train_steps`` and ``every_n_epochs`` are both given, or two callbacks of a
             Trainer have one ``prefix``.
 

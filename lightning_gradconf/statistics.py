@@ -17,9 +17,10 @@ from torch import Tensor
 
 
 def eta(gram: Tensor) -> Tensor:
-    r"""Return :math:`\max(0, -\min_{i<j} K_{ij})`, the smallest bound of gradient confusion, a squared gradient norm.
+    r"""Return :math:`\max(0, -\min_{i<j} K_{ij})`, the smallest bound of gradient confusion.
 
-    It is 0 when no two gradients disagree. Sankararaman et al. 2020, Definition 2.1, https://arxiv.org/abs/1904.06963.
+    It is 0 when no two gradients disagree, and has the unit of a squared gradient norm. Sankararaman et al. 2020,
+    Definition 2.1, https://arxiv.org/abs/1904.06963.
 
     >>> eta(torch.tensor([[1.0, -2.0], [-2.0, 5.0]]))
     tensor(2.)
@@ -100,7 +101,8 @@ def median_cosine(gram: Tensor) -> Tensor:
 def std_cosine(gram: Tensor) -> Tensor:
     r"""Return the standard deviation of :math:`C_{ij}` over :math:`i < j`, in [0, 1]; 0 for a single pair.
 
-    It falls with width and grows with depth: Sankararaman et al. 2020, Section 4, https://arxiv.org/abs/1904.06963.
+    In theory it falls as networks become wider and shallower: Sankararaman et al. 2020, Section 4,
+    https://arxiv.org/abs/1904.06963.
 
     >>> std_cosine(torch.tensor([[1.0, 0.0, 0.6], [0.0, 1.0, 0.0], [0.6, 0.0, 1.0]]))
     tensor(0.2828)

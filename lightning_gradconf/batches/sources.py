@@ -87,7 +87,7 @@ class Source:
         except Exception as error:
             self._error = error
             return False
-        if is_first and self.seen < 2 and self._unit_size == 1:
+        if is_first and self.seen == 1 and self._unit_size == 1:
             self.collate_instead(feed, "the first batch has one sample, and it takes two to disagree")
         return kept
 

@@ -22,10 +22,10 @@ def unit_gradients(objective: Objective, units: Sequence[Any]) -> dict[str, Tens
 
 
 class Differentiator:
-    """`unit_gradients` as a function of the units alone, for calls that share the copies of the module.
+    """Compute gradients of units, call after call, on one set of copies of the module's tensors.
 
-    Some modules do not take copies of their tensors, such as one that looks up a rate by the parameter itself. They run
-    on their own, which have their values back after each unit.
+    Some modules fail on copies, such as one that looks up a learning rate by the parameter object. Such a module runs
+    on its own tensors, whose values are put back after each unit.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -85,8 +85,9 @@ class Differentiator:
     def _renew_copies(self) -> None:
         """Undo what a unit's pass wrote into the copies, so that every unit meets the same module.
 
-        What shows no new version is compared: everything after the first unit, since that costs up to half of a pass;
-        then buffers, which native BatchNorm updates so, and what the first unit wrote to through `data`.
+        A tensor may have changed although its version is the same. After the first unit all tensors are compared. That
+        costs up to half of a pass, so later only two kinds are: buffers, which native BatchNorm updates without a new
+        version, and the tensors that the first unit wrote to through `data`.
         """
         changed = {
             name
@@ -109,8 +110,8 @@ def _differentiate(objective: Objective, loss: Tensor, leaves: dict[str, Tensor]
     A loss may also reach the module's own parameters, through a list in which it or the user keeps them.
     """
     if any(isinstance(node, BackwardCFunction) for node in graphs.nodes(loss.grad_fn)):
-        # A custom Function may run a backward pass of its own, as checkpoints with reentry do. What that finds is put
-        # into `grad`, and is no gradient of the loss for who asks for the gradients of some leaves.
+        # A custom Function may run a backward pass of its own, as reentrant checkpoints do. That pass writes to `grad`,
+        # so asking for the gradients of some leaves would miss its part.
         return _differentiate_everything(objective, loss, leaves)
     # A forward pass may freeze some of either.
     own = {name: p for name, p in objective.parameters.items() if p.requires_grad}

@@ -86,8 +86,9 @@ def units_at_once(
 ) -> int:
     """Return how many units may go through one forward and backward pass.
 
-    All, if they are no more samples than an ordinary pass has, ``train_batch_size``. If they are more, those whose
-    activations take a small part of the budget; a forward pass of one unit tells their size.
+    All units, if together they have no more samples than an ordinary pass, ``train_batch_size``. Otherwise as many as
+    an ordinary pass has, or more if their activations fit a small part of the budget. A forward pass of one unit tells
+    their size.
     """
     n = len(units)
     if unit_size is None or train_batch_size is None or n * unit_size <= train_batch_size:

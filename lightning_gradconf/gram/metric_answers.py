@@ -30,10 +30,10 @@ from lightning_gradconf.gram.module_state import reachable, untouched
 from lightning_gradconf.gram.objective import LossFn, Objective
 
 METRICS: tuple[type, ...] = (Metric, MetricCollection)
-# What answers are changed by, to see whether a loss depends on them: also beyond thresholds, and where it is clamped.
+# Added to recorded answers to see whether the loss depends on them. Large changes get past thresholds and clamps.
 _CHANGES = (1, 10**6, -(10**6))
 _METHODS = frozenset({"forward", "update", "compute", "reset", "sync"})
-# What a call of a method of a metric becomes: of the metric, the name of the method, and the call itself.
+# Handles a call of a metric's method: takes the metric, the name of the method, and a function that makes the call.
 _Handler = Callable[[Any, str, Callable[[], Any]], Any]
 _Key = tuple[int | type, str]
 

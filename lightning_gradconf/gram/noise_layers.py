@@ -1,4 +1,4 @@
-"""Layers that add noise in training by themselves, such as stochastic depth: still while gradients are measured.
+"""Layers that add noise in training by themselves, such as stochastic depth: without it while gradients are measured.
 
 PyTorch's own dropout is a function with a probability (`dropout`). Stochastic depth is written anew by each
 library. Such layers have in common that they hold no parameters, buffers or other modules, and draw random numbers in
@@ -27,8 +27,8 @@ _ADDS_NOISE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @contextmanager
-def still(module: nn.Module) -> Iterator[None]:
-    """Within this context, layers of ``module`` that add noise in training compute as in evaluation mode."""
+def without_noise(module: nn.Module) -> Iterator[None]:
+    """Within this context, layers of ``module`` that add noise in training mode compute as in evaluation mode."""
     layers = [layer for layer in module.modules() if _may_add_noise(layer)]
     for layer in layers:
         vars(layer)["forward"] = partial(_forward, layer, layer.forward)

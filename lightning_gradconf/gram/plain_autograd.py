@@ -61,7 +61,7 @@ def disagreement(
 
 
 def _rounded(objective: Objective, precision: torch.dtype) -> Objective:
-    """Return the objective at parameters that differ by rounding: what moves a gradient then is not known better."""
+    """Return the objective at parameters perturbed by rounding, to see how much rounding alone moves a gradient."""
     generator = torch.Generator().manual_seed(0)
     epsilon = torch.finfo(precision).eps
     parameters: dict[str, Any] = {

@@ -18,7 +18,8 @@ from lightning_gradconf.gram.process_state import torch_states
 class _Watching(TorchDispatchMode):
     """Calls `drawn` with the result of every operation that has drawn from a global generator.
 
-    Attention that could drop something is not one if it drops nothing, so the state of the generator tells.
+    The tag of an operation only says that it may draw: attention does not if its dropout is 0. So the states of the
+    generators before and after the call are compared.
     """
 
     def __init__(self) -> None:

@@ -28,7 +28,7 @@ from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.memory_budget import units_at_once
 from lightning_gradconf.gram.metric_answers import answered
 from lightning_gradconf.gram.module_state import untouched
-from lightning_gradconf.gram.noise_layers import still
+from lightning_gradconf.gram.noise_layers import without_noise
 from lightning_gradconf.gram.objective import LossFn, Objective, objective, sizes
 from lightning_gradconf.gram.ranks.collectives import without_collectives
 from lightning_gradconf.gram.ranks.data_parallel import agreed_budget, contract, gram_of_factors
@@ -74,9 +74,9 @@ def gradient_gram(
         dropout: Leave dropout and stochastic depth on, with masks of its own for each unit.
         memory_budget: Bytes, or a text like ``"2GB"``, that ``vmap`` and ``loop`` may fill with gradients, beside what
             an ordinary forward and backward pass takes. If not all fit, a block of them is held and the others are
-            computed again: the answer is the same and takes longer. None is half of the free memory. ``ghost`` holds
-            none but those of parameters that are transformed before they meet the data, and does not apply if these do
-            not fit.
+            computed again: the answer is the same and takes longer. None is half of the free memory. ``ghost`` holds no
+            gradients, except those of parameters that are transformed before they meet the data (weight_norm). If these
+            do not fit, ``ghost`` does not apply.
 
     Returns:
         ``{parameter name: (n, n)}`` on the module's device, float64 for double parameters and float32 for all others.
@@ -145,7 +145,7 @@ def gram_of_units(
     findings = findings_of(objective.module, objective.loss_fn)
     with ExitStack() as stack:
         if not dropout:
-            stack.enter_context(still(objective.module))
+            stack.enter_context(without_noise(objective.module))
         with mode:
             objective = stack.enter_context(answered(objective, units[0]))
             together = len(units)

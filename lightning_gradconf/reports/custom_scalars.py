@@ -17,9 +17,9 @@ _BYTES_OF_VERSION = 100
 def charts(prefix: str) -> Layout:
     """Return the charts of one callback, in the form of ``SummaryWriter.add_custom_scalars``.
 
-    Tags are patterns, which TensorBoard joins to one and matches from its beginning. A flag such as ``(?i)`` would have
-    to stand there, so there is none. Losses and accuracies are found by their names, one of ``_step`` and ``_epoch``
-    twins, and whenever they are logged first.
+    Tags are regular expressions. TensorBoard joins them into one and matches from the start of a key, so a flag such as
+    ``(?i)`` is not possible. Losses and accuracies are found by their names, even if they are first logged late in the
+    run. Of a pair ``_step`` and ``_epoch``, the chart shows ``_step``.
 
     >>> charts("confusion")["confusion"]["min_cosine, loss, accuracy: see Matches"][1]
     ['confusion/([^/]+/)?min_cosine$', '(?!confusion/|.*_epoch$).*[lL]oss', '(?!confusion/|.*_epoch$).*[aA]cc']

@@ -90,10 +90,11 @@ class ManualOptimization:
         Returns:
             The indices of the optimizers that each loss is for, by its name, and the losses, both in the order of
             their backward passes. A loss is for the optimizer that is toggled in its backward pass, or else for those
-            that take a step before the next one. While gradients accumulate, no step follows: then it is for those that
-            followed it before, or for the optimizer of its number if there are as many of both. Its name is the index
-            of its optimizer if it has one of its own, or else the number of its backward pass; it is empty if there is
-            one loss for all optimizers.
+            that take a step before the next one. No optimizer step may follow, as while gradients accumulate. Then the
+            loss is for the optimizers that followed it in an earlier step. If there were none and there are as many
+            losses as optimizers, the k-th loss is for the k-th optimizer, and otherwise for all. The name of a loss is
+            the index of its optimizer if it has one of its own, or else the number of its backward pass; it is empty if
+            there is one loss for all optimizers.
 
         Raises:
             Exception: What the step raised before its first loss.
@@ -128,7 +129,7 @@ class ManualOptimization:
     def loss(self, step: Callable[[], Any], call: int) -> Tensor | None:
         """Run a step up to a backward pass, and return the loss that it is taken for; None if it has fewer.
 
-        A step that raises before that is not one that has fewer losses: its gradient is not zero but unknown.
+        An error before that loss is raised, not taken for a missing loss: the gradient is unknown then, not zero.
 
         Raises:
             Exception: What the step raised before that loss.

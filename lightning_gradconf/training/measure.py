@@ -34,9 +34,8 @@ if TYPE_CHECKING:
 def measured(session: Session, batch: Any, batch_idx: int, step: int) -> list[Measurement]:
     """Return what is measured at the present weights, one measurement for each loss of the step.
 
-    There is none if the module skips this batch, all of it is frozen, or units are too few. A sample that keeps the
-    padding of its batch is no batch that every module accepts: where the module fails on padded samples, units that
-    are collated alone are measured.
+    There is none if the module skips this batch, if all its parameters are frozen, or if there are too few units. Some
+    modules fail on a sample that keeps the padding of its batch. Then units that are collated alone are measured.
 
     Args:
         session: The run.

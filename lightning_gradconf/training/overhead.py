@@ -6,9 +6,9 @@ from time import perf_counter
 
 import torch
 
-# An interval becomes shorter again only where that costs less than this part of what is allowed.
+# Shorten a stretched interval only if measuring then takes less than this part of the limit.
 _MARGIN = 0.8
-# The times of so many measurements are believed, or of fewer that took so many seconds.
+# Trust the times after this many measurements, or after this many seconds of measuring.
 _ENOUGH, _ENOUGH_SECONDS = 4, 0.25
 
 

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from lightning_gradconf.callback import GradientConfusionCallback
 
 _MAX_FAILURES = 3
-# So many due steps in a row without enough samples are no longer one short batch at the end of an epoch.
+# Warn after this many due steps in a row without enough samples; a short last batch explains a single one.
 _MISSED = 2
-# So many due steps without a backward pass are no longer those between which gradients accumulate.
+# Give up after this many due steps without a backward pass; gradient accumulation explains a few.
 _MAX_WITHOUT_LOSS = 50
 _NO_LOSS = (
     "no measurement took place: training_step called neither manual_backward nor backward(), so that there is no loss "
@@ -212,8 +212,8 @@ class Session:
         yield
         if changed := changes():
             warn_here(
-                f"measuring changed {' and '.join(changed)}, which is not put back, as it belongs to a library: this "
-                "run is not the run without the callback. Pass a loss_fn that only computes the loss."
+                f"measuring changed {' and '.join(changed)}. Objects of libraries are not put back, so this run is not "
+                "the run without the callback. Pass a loss_fn that only computes the loss."
             )
 
     def _report_on(self, name: str) -> Report:

@@ -1,7 +1,7 @@
 """Collectives in the user's own loss: every rank has to call them equally often, or all wait for ever.
 
-The loop runs a loss once for each unit, on every rank. The other engines run it as often as the values need that Python
-reads, which differs between ranks.
+The loop runs the loss once for each unit, so equally often on every rank. The other engines run it once for each group
+of units in which Python reads the same values, and the number of such groups may differ between ranks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The processes that measure together: what they tell one another, and what they agree on."""
+"""Collectives among the ranks that measure together."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Ranks:
 
 
 def new_process_group(device: torch.device, timeout: timedelta | None = None) -> Ranks:
-    """Return all processes, in a group of their own: what measuring sends never gets between what training sends.
+    """Create a process group of all ranks for measuring alone, so that its collectives never mix with the training's.
 
     Args:
         device: Of this process.

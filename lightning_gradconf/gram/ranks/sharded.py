@@ -22,7 +22,7 @@ from lightning_gradconf.batches.units import copy_of
 from lightning_gradconf.gram.blockwise import Progress, Rows, blockwise, make_plan, repeatable
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.module_state import rewinder
-from lightning_gradconf.gram.noise_layers import still
+from lightning_gradconf.gram.noise_layers import without_noise
 from lightning_gradconf.gram.objective import Objective, as_rows, checked, empty_rows, run_backward, sizes
 from lightning_gradconf.gram.ranks.data_parallel import agreed_budget
 from lightning_gradconf.gram.ranks.process_group import Ranks
@@ -80,7 +80,7 @@ def gram_of_units(
     shards = sizes(_largest_shard(p) for p in target.parameters.values())
     plan = make_plan(n, shards, agreed_budget(ranks, memory_budget, shards), at_once=1)
     mode = MeasurementMode(running_statistics=unit_size == 1, dropout=dropout)
-    noise = nullcontext() if dropout else still(target.module)
+    noise = nullcontext() if dropout else without_noise(target.module)
     with mode, noise, _apart(target.module) as put_back:
 
         def gradients(some: Sequence[Any]) -> Rows:
@@ -138,7 +138,7 @@ def _apart(module: nn.Module) -> Iterator[Callable[[], None]]:
 
 
 def _forget_pass(module: nn.Module) -> None:
-    """Bring a module that stopped in the middle of a pass to where one starts; the public names have no way to."""
+    """Reset the state of FSDP after a pass that was interrupted; FSDP has no public function for this."""
     reshard(module)
     for part in _sharded_parts(module):
         state = part._get_fsdp_state()
