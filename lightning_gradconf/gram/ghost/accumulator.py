@@ -24,7 +24,7 @@ from lightning_gradconf.gram.ghost.factors import (
     gram_of_sum,
     materialize,
 )  # fmt: skip
-from lightning_gradconf.gram.ghost.graph import Edge, Graph, Use
+from lightning_gradconf.gram.ghost.graph import Graph, Use
 from lightning_gradconf.gram.ghost.nodes import dtypes, variable
 from lightning_gradconf.gram.ghost.placement import Placement
 from lightning_gradconf.gram.ghost.rules import factors_of
@@ -155,9 +155,7 @@ class Accumulator:
             self._keep_multiples(use, materialize(part))
             return
         if use.free.parameters & self._by_pull:
-            node, number = use.source
-            assert node is not None
-            edge, gradients = GradientEdge(node, number), materialize(part)
+            edge, gradients = use.source, materialize(part)
             self._pulled[edge] = self._pulled[edge] + gradients if edge in self._pulled else gradients
             return
         (name,) = use.free.parameters
@@ -174,14 +172,13 @@ class Accumulator:
 
     def _keep_multiples(self, use: Use, coefficients: Tensor) -> None:
         """Put multiples of the gradient of one number to what the parameters behind it have already."""
-        node, number = use.source
-        assert node is not None
         leaves = [(name, leaf) for name in use.free.parameters for leaf in self._leaves[name]]
         # The real and the imaginary part of a complex number are two numbers.
         seeds = _as_seed(torch.eye(coefficients.shape[1], device=coefficients.device), use.source)
-        for seed, of_units in zip(seeds.to(dtypes(node)[number]), coefficients.unbind(1), strict=True):
+        kind = dtypes(use.source.node)[use.source.output_nr]
+        for seed, of_units in zip(seeds.to(kind), coefficients.unbind(1), strict=True):
             gradients = torch.autograd.grad(
-                [GradientEdge(node, number)], [leaf for _, leaf in leaves], [seed], retain_graph=True, allow_unused=True
+                [use.source], [leaf for _, leaf in leaves], [seed], retain_graph=True, allow_unused=True
             )
             for (name, _), gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
@@ -218,7 +215,7 @@ class Accumulator:
             for name in (name for name, own in leaves if own is leaf):
                 rows[name] = gradients
         if inner and leaves:
-            seeds = [_as_seed(self._pulled[edge], (edge.node, edge.output_nr)) for edge in inner]
+            seeds = [_as_seed(self._pulled[edge], edge) for edge in inner]
             # Some of PyTorch's operations have no batching rule, are right all the same, and say so each time.
             with without_warnings("There is a performance drop because"):
                 found = torch.autograd.grad(
@@ -232,12 +229,9 @@ class Accumulator:
             self._parts[name].append(Dense(upcast(row)))
 
 
-def _as_seed(rows: Tensor, source: Edge) -> Tensor:
+def _as_seed(rows: Tensor, source: GradientEdge) -> Tensor:
     """Return gradients ``(n, numel)`` of a tensor of the graph in its own shape, complex if it is."""
-    node, number = source
-    assert node is not None
-    kind = dtypes(node)[number]
-    if not kind.is_complex:
+    if not dtypes(source.node)[source.output_nr].is_complex:
         return rows.reshape(len(rows), *graphs.shape(source))
     return torch.view_as_complex(rows.reshape(len(rows), *graphs.shape(source), 2))
 

@@ -10,11 +10,11 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from lightning_gradconf.gram.ghost.nodes import dtypes, saved, shapes, unpacks, variable
 
@@ -36,25 +36,20 @@ _HIDDEN_OPERAND = {
     "ExpandBackward0", "RepeatBackward0", "WhereBackward0", "MaskedFillBackward0", "MkldnnRnnLayerBackward0",
 }  # fmt: skip
 
-Edge = tuple[Node | None, int]
-Signature = Hashable
 
-
-@dataclass(frozen=True)
-class Free:
+class Free(NamedTuple):
     """A free tensor: the parameters behind it, and how it lies if it is one parameter in another form."""
 
     parameters: frozenset[str]
     layout: Layout | None
 
 
-@dataclass(frozen=True)
-class Use:
+class Use(NamedTuple):
     """An operand of a node that is free, while the result is not."""
 
     node: Node
     slot: int
-    source: Edge
+    source: GradientEdge
     free: Free
 
 
@@ -63,15 +58,15 @@ class Graph:
     """The uses of parameters in unit losses.
 
     Attributes:
+        order: All nodes, operands first.
         uses: In an order that depends on the graph alone.
         bottom: Nodes with a use and none below them; nothing needs to be differentiated further than that.
-        order: All nodes, operands first.
         leaves: The parameters that it ends at, each with its name; a parameter may have several leaves.
     """
 
+    order: list[Node]
     uses: list[Use] = field(default_factory=list)
     bottom: list[Node] = field(default_factory=list)
-    order: list[Node] = field(default_factory=list)
     leaves: list[tuple[str, Tensor]] = field(default_factory=list)
 
 
@@ -87,33 +82,36 @@ def read(
         has_units: Of some nodes, whether their results have units. Of all others it is taken to be so if it may be.
         free: Nodes whose results turned out to have none, by their place in the order.
     """
-    graph = Graph()
+    graph = Graph(nodes(root))
     known: dict[Node, Free] = {}
     used: dict[Node, bool] = {}  # whether a node or one below it has a use
-    for position, node in enumerate(nodes(root)):
-        graph.order.append(node)
+    for position, node in enumerate(graph.order):
         if (leaf := variable(node)) is not None:
             if (name := names.get(id(leaf))) is not None:
                 known[node] = Free(frozenset({name}), "same")
                 graph.leaves.append((name, leaf))
             continue
-        inputs = [child for child, _ in node.next_functions]
-        operands = {slot: known[child] for slot, child in enumerate(inputs) if child in known}
-        if operands and all(child is None or child in known for child in inputs):
+        inputs = node.next_functions
+        uses = [
+            Use(node, slot, GradientEdge(child, number), known[child])
+            for slot, (child, number) in enumerate(inputs)
+            if child in known
+        ]
+        if uses and all(child is None or child in known for child, _ in inputs):
             units = has_units.get(node)
             if units is False or position in free or (units is None and not _may_have_units(node, n)):
-                behind = frozenset().union(*(operand.parameters for operand in operands.values()))
-                known[node] = Free(behind, _layout(node, next(iter(operands.values()))))
+                behind = frozenset().union(*(use.free.parameters for use in uses))
+                known[node] = Free(behind, _layout(node, uses[0].free))
                 continue
-        below = any(used.get(child, False) for child in inputs if child is not None)
-        graph.uses += [Use(node, slot, node.next_functions[slot], operand) for slot, operand in operands.items()]
-        if operands and not below:
+        below = any(used.get(child, False) for child, _ in inputs if child is not None)
+        graph.uses += uses
+        if uses and not below:
             graph.bottom.append(node)
-        used[node] = below or bool(operands)
+        used[node] = below or bool(uses)
     return graph
 
 
-def signature(graph: Graph) -> Signature:
+def signature(graph: Graph) -> Hashable:
     """Return what tells graphs apart in which units may lie elsewhere: the names of their nodes, and all shapes."""
     names = {id(leaf): name for name, leaf in graph.leaves}
     kinds: list[Hashable] = []
@@ -134,23 +132,17 @@ def formed(graph: Graph, *, to_join: bool) -> set[str]:
     With ``to_join``, factors will meet those of other graphs, in which entries may be rearranged in another way.
     """
     layouts: dict[str, list[Layout | None]] = defaultdict(list)
-    multiples = {id(use) for use in graph.uses if is_multiple(use)}
     for use in graph.uses:
+        layout = "same" if is_multiple(use) else use.free.layout
         for name in use.free.parameters:
-            layouts[name].append("same" if id(use) in multiples else use.free.layout)
-    names = {name for name, ways in layouts.items() if None in ways or ("moved" in ways and (to_join or len(ways) > 1))}
-    others = [use.free.parameters for use in graph.uses if id(use) not in multiples]
-    while more := {name for together in others if together & names for name in together} - names:
-        names |= more
-    return names
+            layouts[name].append(layout)
+    return {name for name, ways in layouts.items() if None in ways or ("moved" in ways and (to_join or len(ways) > 1))}
 
 
-def shape(edge: Edge) -> tuple[int, ...]:
+def shape(edge: GradientEdge) -> tuple[int, ...]:
     """Return the shape of the tensor that an edge of the graph stands for."""
-    node, number = edge
-    assert node is not None
-    leaf = variable(node)
-    return shapes(node)[number] if leaf is None else tuple(leaf.shape)
+    leaf = variable(edge.node)
+    return shapes(edge.node)[edge.output_nr] if leaf is None else tuple(leaf.shape)
 
 
 def leaves(root: Node | None) -> list[Tensor]:
@@ -205,7 +197,7 @@ def _may_have_units(node: Node, n: int) -> bool:
     results = shapes(node)
     if not any(size > 0 and size % n == 0 for result in results for size in result):
         return False
-    sources = [shape(edge) for edge in node.next_functions if edge[0] is not None]
+    sources = [shape(GradientEdge(child, number)) for child, number in node.next_functions if child is not None]
     # With units, the result would have a dimension more.
     return not (name in _ELEMENTWISE | {"ExpandBackward0"} and results[0] in sources)
 

@@ -17,7 +17,6 @@ from torch.autograd.graph import GradientEdge
 
 from lightning_gradconf.gram.ghost import graph as graphs
 from lightning_gradconf.gram.ghost.factors import GradientFactors, materialize
-from lightning_gradconf.gram.ghost.graph import Edge
 from lightning_gradconf.gram.ghost.nodes import dtypes
 from lightning_gradconf.gram.objective import as_rows
 
@@ -57,7 +56,7 @@ class Proof:
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def compare(
-        self, name: str, leaves: Sequence[Tensor], parts: Sequence[GradientFactors], source: Edge | None
+        self, name: str, leaves: Sequence[Tensor], parts: Sequence[GradientFactors], source: GradientEdge | None
     ) -> None:
         """Compare the weighted sum of a parameter's gradients with PyTorch's own.
 
@@ -117,11 +116,9 @@ def random_weights(like: Tensor, seed: int) -> Tensor:
     return (0.5 + steps / n).to(like)
 
 
-def _pulled(gradient: Tensor, source: Edge, leaf: Tensor) -> Tensor:
-    node, number = source
-    assert node is not None
-    kind = dtypes(node)[number]
+def _pulled(gradient: Tensor, source: GradientEdge, leaf: Tensor) -> Tensor:
+    kind = dtypes(source.node)[source.output_nr]
     numbers = torch.view_as_complex(gradient.view(-1, 2)) if kind.is_complex else gradient
     seed = numbers.view(graphs.shape(source)).to(kind)
-    (found,) = torch.autograd.grad([GradientEdge(node, number)], [leaf], [seed], retain_graph=True)
+    (found,) = torch.autograd.grad([source], [leaf], [seed], retain_graph=True)
     return as_rows(found[None], 1)[0]
