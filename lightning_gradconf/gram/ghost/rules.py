@@ -75,46 +75,21 @@ def _outer_products(left: Tensor, right: Tensor, at: Placement, factor: float = 
     return OuterProducts(left.permute(2, 0, 1, 3), right.permute(2, 0, 1, 3))
 
 
-def _matrix_product(
-    node: Node, slot: int, delta: Tensor, first: str, second: str, at: Placement, by: float
-) -> OuterProducts:
-    if slot == 1:
-        return _outer_products(saved(node, first), delta, at, by)
-    return _outer_products(delta.T, saved(node, second).T, at, by)
-
-
-def _mm(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], at: Placement) -> GradientFactors:
-    return _matrix_product(node, slot, delta, "self", "mat2", at, 1.0)
+def _product(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], at: Placement) -> GradientFactors:
+    """Return what a product of two matrices, or of two batches of them, contributes."""
+    first, second, factor = "self", "mat2", 1.0
+    if node.name() in _WITH_A_SUMMAND:
+        if slot == 0:
+            return _scaled(at.reduce(delta, shape), saved(node, "beta"))
+        (first, second), factor, slot = _WITH_A_SUMMAND[node.name()], saved(node, "alpha"), slot - 1
+    left, right = (saved(node, first), delta) if slot == 1 else (delta.mT, saved(node, second).mT)
+    return _outer_products(left.transpose(0, -2), right.transpose(0, -2), at, factor)
 
 
 def _mv(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], at: Placement) -> GradientFactors:
     if slot != 1:
         raise NotImplementedError("a parameter is multiplied with a vector of data")
     return at.reduce(upcast(delta)[:, None] * saved(node, "self"), shape)
-
-
-def _addmm(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], at: Placement) -> GradientFactors:
-    if slot == 0:
-        return _scaled(at.reduce(delta, shape), saved(node, "beta"))
-    return _matrix_product(node, slot - 1, delta, "mat1", "mat2", at, saved(node, "alpha"))
-
-
-def _batched_product(
-    node: Node, slot: int, delta: Tensor, first: str, second: str, at: Placement, by: float
-) -> OuterProducts:
-    if slot == 1:
-        return _outer_products(saved(node, first).transpose(0, 1), delta.transpose(0, 1), at, by)
-    return _outer_products(delta.permute(2, 0, 1), saved(node, second).permute(2, 0, 1), at, by)
-
-
-def _bmm(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], at: Placement) -> GradientFactors:
-    return _batched_product(node, slot, delta, "self", "mat2", at, 1.0)
-
-
-def _baddbmm(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], at: Placement) -> GradientFactors:
-    if slot == 0:
-        return _scaled(at.reduce(delta, shape), saved(node, "beta"))
-    return _batched_product(node, slot - 1, delta, "batch1", "batch2", at, saved(node, "alpha"))
 
 
 def _trilinear(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], at: Placement) -> GradientFactors:
@@ -193,22 +168,16 @@ def _rms_norm(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], at: 
     return at.reduce(upcast(saved(node, "input")) * saved(node, "result1") * delta, shape)
 
 
-def _group_norm(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], at: Placement) -> GradientFactors:
+def _channel_norm(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], at: Placement) -> GradientFactors:
+    """Return what a BatchNorm or GroupNorm contributes: its weight and bias have an entry for each channel."""
     delta = upcast(delta).reshape(*delta.shape[:2], -1)
     if slot == 2:
         return at.reduce(delta.sum(2), shape)
     x = upcast(saved(node, "input")).reshape(delta.shape)
-    channels = x.shape[1] // saved(node, "group")
-    mean, scale = (upcast(saved(node, key)).repeat_interleave(channels, 1) for key in ("result1", "result2"))
-    return at.reduce((torch.einsum("ncl,ncl->nc", x, delta) - mean * delta.sum(2)) * scale, shape)
-
-
-def _batch_norm(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], at: Placement) -> GradientFactors:
-    delta = upcast(delta).reshape(*delta.shape[:2], -1)
-    if slot == 2:
-        return at.reduce(delta.sum(2), shape)
-    x = upcast(saved(node, "input")).reshape(delta.shape)
-    if saved(node, "training"):
+    if node.name() == "NativeGroupNormBackward0":
+        channels = x.shape[1] // saved(node, "group")
+        mean, scale = (upcast(saved(node, key)).repeat_interleave(channels, 1) for key in ("result1", "result2"))
+    elif saved(node, "training"):
         mean, scale = saved(node, "result1"), saved(node, "result2")
     else:
         mean, scale = saved(node, "running_mean"), (saved(node, "running_var") + saved(node, "eps")).rsqrt()
@@ -269,11 +238,11 @@ def _scaled(dense: Dense, factor: float) -> Dense:
     return dense if factor == 1 else Dense(dense.gradients * factor)
 
 
+# Products of matrices that are added to a first operand, and the names of the two that are multiplied.
+_WITH_A_SUMMAND = {"AddmmBackward0": ("mat1", "mat2"), "BaddbmmBackward0": ("batch1", "batch2")}
 RULES: dict[str, Rule] = {
     "AddBackward0": _add,
-    "AddmmBackward0": _addmm,
-    "BaddbmmBackward0": _baddbmm,
-    "BmmBackward0": _bmm,
+    **dict.fromkeys(("MmBackward0", "BmmBackward0", *_WITH_A_SUMMAND), _product),
     "ConvolutionBackward0": _convolution,
     "DivBackward0": _div,
     "EmbeddingBackward0": _embedding,
@@ -283,11 +252,9 @@ RULES: dict[str, Rule] = {
     "IndexBackward0": _index,
     "IndexSelectBackward0": _index_select,
     lstm.NAME: _lstm,
-    "MmBackward0": _mm,
     "MulBackward0": _mul,
     "MvBackward0": _mv,
-    "NativeBatchNormBackward0": _batch_norm,
-    "NativeGroupNormBackward0": _group_norm,
+    **dict.fromkeys(("NativeBatchNormBackward0", "NativeGroupNormBackward0"), _channel_norm),
     "NativeLayerNormBackward0": _layer_norm,
     "PreluKernelBackward0": _prelu,
     "RepeatBackward0": _repeat,
