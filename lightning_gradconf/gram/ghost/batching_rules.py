@@ -35,6 +35,19 @@ def fold(n: int, function: Callable[..., Any], *tensors: Any) -> Any:
     return batched(result, level)
 
 
+def _fold_samples(n: int, function: Callable[..., Any], *tensors: Tensor | None) -> Any:
+    """Return what ``function`` makes of tensors with samples in front: those of all units, one unit after the other."""
+
+    def of_all(*tensors: Any) -> Any:
+        shape = tensors[0].shape[:2]
+        result = function(*(None if tensor is None else tensor.flatten(0, 1) for tensor in tensors))
+        if isinstance(result, tuple):
+            return tuple(torch.unflatten(part, 0, shape) for part in result)
+        return torch.unflatten(result, 0, shape)
+
+    return fold(n, of_all, *tensors)
+
+
 def _attention(
     mode: UnitMode,
     function: Callable[..., Tensor],
@@ -60,7 +73,7 @@ def _attention(
         result = function(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         return torch.unflatten(result, 0, batch)
 
-    return mode.fold(attend, query, key, value, attn_mask)
+    return fold(mode.n, attend, query, key, value, attn_mask)
 
 
 def _recurrent(
@@ -80,7 +93,7 @@ def _recurrent(
             *(torch.unflatten(state, 1, (n, -1)).movedim(1, 0) for state in last),
         )
 
-    return mode.fold(run, input, *(states if is_lstm else (states,)))
+    return fold(mode.n, run, input, *(states if is_lstm else (states,)))
 
 
 def _recurrent_cell(
@@ -90,13 +103,10 @@ def _recurrent_cell(
         return NotImplemented
     is_lstm = isinstance(states, list | tuple)
 
-    def step(*tensors: Tensor) -> Any:
-        input, *before = (tensor.flatten(0, 1) for tensor in tensors)
-        after = function(input, before if is_lstm else before[0], *weights)
-        units = tensors[0].shape[:2]
-        return tuple(torch.unflatten(part, 0, units) for part in after) if is_lstm else torch.unflatten(after, 0, units)
+    def step(input: Tensor, *before: Tensor) -> Any:
+        return function(input, before if is_lstm else before[0], *weights)
 
-    return mode.fold(step, input, *(states if is_lstm else (states,)))
+    return _fold_samples(mode.n, step, input, *(states if is_lstm else (states,)))
 
 
 def _cross_entropy(
@@ -134,7 +144,7 @@ def _cross_entropy(
             counted = weight.to(total.dtype)[target.where(counted, 0)] * counted
         return total / counted.reshape(len(input), -1).sum(1)
 
-    return mode.fold(losses, input, target)
+    return fold(mode.n, losses, input, target)
 
 
 def _batch_norm(
@@ -152,11 +162,7 @@ def _batch_norm(
     if training or mean is None or input.dim() < 2 or any(map(is_batched, (mean, var, weight, bias))):
         return NotImplemented
 
-    def normalise(input: Tensor) -> Tensor:
-        rows = function(input.flatten(0, 1), mean, var, weight, bias, False, momentum, eps)
-        return torch.unflatten(rows, 0, input.shape[:2])
-
-    return mode.fold(normalise, input)
+    return _fold_samples(mode.n, lambda rows: function(rows, mean, var, weight, bias, False, momentum, eps), input)
 
 
 def _group_norm(
@@ -171,11 +177,7 @@ def _group_norm(
     if is_batched(weight) or is_batched(bias):
         return NotImplemented
 
-    def normalise(input: Tensor) -> Tensor:
-        rows = function(input.flatten(0, 1), num_groups, weight, bias, eps)
-        return torch.unflatten(rows, 0, input.shape[:2])
-
-    return mode.fold(normalise, input)
+    return _fold_samples(mode.n, lambda rows: function(rows, num_groups, weight, bias, eps), input)
 
 
 def _over_leading_dimensions(
@@ -187,7 +189,7 @@ def _over_leading_dimensions(
     """
     if not is_batched(input) or any(map(is_batched, (*others, *options.values()))):
         return NotImplemented
-    return mode.fold(lambda input: function(input, *others, **options), input)
+    return fold(mode.n, lambda input: function(input, *others, **options), input)
 
 
 def _embedding_bag(
@@ -209,12 +211,10 @@ def _embedding_bag(
         return NotImplemented
     options = {"mode": mode, "sparse": sparse, "padding_idx": padding_idx, "scale_grad_by_freq": scale_grad_by_freq}
 
-    def bags(input: Tensor, weights: Tensor | None) -> Tensor:
-        flat = None if weights is None else weights.flatten(0, 1)
-        rows = function(input.flatten(0, 1), weight, per_sample_weights=flat, **options)
-        return torch.unflatten(rows, 0, input.shape[:2])
+    def bags(rows: Tensor, weights: Tensor | None) -> Any:
+        return function(rows, weight, per_sample_weights=weights, **options)
 
-    return unit_mode.fold(bags, input, per_sample_weights)
+    return _fold_samples(unit_mode.n, bags, input, per_sample_weights)
 
 
 def _bilinear(
@@ -228,11 +228,7 @@ def _bilinear(
     if input1.dim() < 2 or is_batched(weight) or is_batched(bias):
         return NotImplemented
 
-    def product(input1: Tensor, input2: Tensor) -> Tensor:
-        rows = function(input1.flatten(0, 1), input2.flatten(0, 1), weight, bias)
-        return torch.unflatten(rows, 0, input1.shape[:2])
-
-    return mode.fold(product, input1, input2)
+    return _fold_samples(mode.n, lambda *rows: function(*rows, weight, bias), input1, input2)
 
 
 def _ctc(
@@ -261,7 +257,7 @@ def _ctc(
             return found
         return found.sum(1) if reduction == "sum" else (found / wanted.clamp_min(1)).mean(1)
 
-    return mode.fold(losses, log_probs, targets, *lengths)
+    return fold(mode.n, losses, log_probs, targets, *lengths)
 
 
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {

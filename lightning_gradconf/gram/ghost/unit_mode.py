@@ -10,8 +10,8 @@ from __future__ import annotations
 import sys
 import types
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Hashable
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -102,16 +102,6 @@ class UnitMode(MeasurementMode):
                 return batched(result.expand(self.n, *result.shape).clone())
             self.made.append((line, memory_of(result)))
         return self._noted(result)
-
-    def fold(self, function: Callable[..., Any], *tensors: Any) -> Any:
-        """Return what a function of ordinary tensors, units first, makes of batched ones."""
-        return batching_rules.fold(self.n, function, *tensors)
-
-    @contextmanager
-    def without_reads(self) -> Iterator[None]:
-        """Suspend the mode, for arithmetic of its own."""
-        with torch._C.DisableTorchFunction():
-            yield
 
     def _noted(self, result: Any) -> Any:
         """Note which nodes the results of a call belong to, and whether they have units."""

@@ -169,7 +169,7 @@ class UnitNumber:
         if self._ended.is_set():
             return function(self._values[0], *others)
         if any(isinstance(other, Tensor) for other in others):  # a tensor in, a tensor out
-            with self._mode.without_reads():
+            with torch._C.DisableTorchFunction():
                 return function(self.beside(*others), *others)
         n = len(self._values)
         columns = [other.of_each(n) if type(other) is UnitNumber else [other] * n for other in others]
