@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -83,13 +83,6 @@ class ConvolutionFactors:
         """Return the sum of the gradients times ``weights (n,)``, ``(numel,)``."""
         scaled = torch.unflatten(self.delta, 0, (self.n, -1)) * weights.view(-1, *[1] * self.delta.dim())
         return self._backward(self.input, scaled.flatten(0, 1), self.weight, self.groups).flatten()
-
-    def units(self, some: slice) -> ConvolutionFactors:
-        """Return the factors of some units."""
-        k = len(self.input) // self.n
-        lo, hi, _ = some.indices(self.n)
-        samples = slice(lo * k, hi * k)
-        return replace(self, input=self.input[samples], delta=self.delta[samples], n=hi - lo)
 
     def _blocks(self, block: Callable[[int, int], Tensor]) -> Form:
         return by_blocks(self.n, self.numel, self.major, block)

@@ -29,7 +29,7 @@ from lightning_gradconf.gram.ghost.accumulator import Accumulator
 from lightning_gradconf.gram.ghost.agreement import UnitsDiffer
 from lightning_gradconf.gram.ghost.factors import Dense, GradientFactors, gram_of_sum
 from lightning_gradconf.gram.ghost.graph import Graph
-from lightning_gradconf.gram.ghost.joining import joined, reordered
+from lightning_gradconf.gram.ghost.joining import joined, of_units
 from lightning_gradconf.gram.ghost.nodes import is_checkpointed, shapes
 from lightning_gradconf.gram.ghost.search import search
 from lightning_gradconf.gram.ghost.unit_losses import Forward, forward
@@ -87,7 +87,7 @@ def unit_factors(
         factors = _all_factors(objective, groups)
         order = torch.tensor([i for group in groups for i in group.indices]).argsort()
         if len(groups) > 1:
-            factors = {name: [reordered(part, order) for part in parts] for name, parts in factors.items()}
+            factors = {name: [of_units(part, order) for part in parts] for name, parts in factors.items()}
         return factors
 
 

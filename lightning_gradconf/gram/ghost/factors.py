@@ -55,10 +55,6 @@ class Dense:
         """Return the sum of the gradients times ``weights (n,)``, ``(numel,)``."""
         return weights @ self.gradients
 
-    def units(self, some: slice) -> Dense:
-        """Return the factors of some units."""
-        return Dense(self.gradients[some])
-
     def gram(self, workspace: Workspace) -> Tensor:
         """Return all inner products, ``(n, n)``."""
         return workspace.square(self.gradients)
@@ -101,10 +97,6 @@ class OuterProducts:
         """Return the sum of the gradients times ``weights (n,)``, ``(numel,)``."""
         left = (self.left * weights.view(-1, 1, 1)).flatten(1, 2)
         return (left.transpose(1, 2) @ self.right.flatten(1, 2)).flatten()
-
-    def units(self, some: slice) -> OuterProducts:
-        """Return the factors of some units."""
-        return OuterProducts(self.left[:, some], self.right[:, some])
 
     def gram(self, workspace: Workspace) -> Tensor:
         """Return all inner products, ``(n, n)``, by pairs of rows or by gradients, whichever costs less."""
@@ -187,10 +179,6 @@ class IndexedRows:
         table = values.new_zeros(self.major, values.shape[1])
         return table.index_add_(0, self.index.flatten(), values).flatten()
 
-    def units(self, some: slice) -> IndexedRows:
-        """Return the factors of some units."""
-        return IndexedRows(self.index[some], self.values[some], self.major)
-
     def gram(self, workspace: Workspace) -> Tensor:
         """Return all inner products, ``(n, n)``: over the rows of the table that two units have both looked up."""
         n, _, q = self.values.shape
@@ -262,10 +250,6 @@ class Multiples:
     def weighted(self, weights: Tensor) -> Tensor:
         """Return the sum of the gradients times ``weights (n,)``, ``(numel,)``."""
         return (weights @ self.coefficients) * self.direction
-
-    def units(self, some: slice) -> Multiples:
-        """Return the factors of some units."""
-        return replace(self, coefficients=self.coefficients[some])
 
     def gram(self, workspace: Workspace) -> Tensor:
         """Return all inner products, ``(n, n)``."""

@@ -1,4 +1,4 @@
-"""Factors of units that were measured apart, in several passes or by several ranks, put together."""
+"""The tensors that factors hold, along their units: joined over several passes or ranks, and chosen from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from lightning_gradconf.gram.ghost.convolution import ConvolutionFactors
-from lightning_gradconf.gram.ghost.factors import Dense, GradientFactors, IndexedRows, OuterProducts, materialize
+from lightning_gradconf.gram.ghost.factors import (
+    Dense,
+    GradientFactors,
+    IndexedRows,
+    Multiples,
+    OuterProducts,
+    materialize,
+)  # fmt: skip
 
 # The tensors of each kind: along which dimension units lie, and along which more rows of zeros change nothing.
 TENSORS: dict[type, dict[str, tuple[int, int | None]]] = {
@@ -18,6 +25,7 @@ TENSORS: dict[type, dict[str, tuple[int, int | None]]] = {
     OuterProducts: {"left": (1, 2), "right": (1, 2)},
     IndexedRows: {"index": (0, 1), "values": (0, 1)},
     ConvolutionFactors: {"input": (0, None), "delta": (0, None)},
+    Multiples: {"coefficients": (0, None)},
 }
 
 
@@ -53,11 +61,13 @@ def with_rows(tensor: Tensor, dimension: int | None, rows: int | None) -> Tensor
     return torch.cat([tensor, tensor.new_zeros(more)], dimension)
 
 
-def reordered(part: GradientFactors, order: Tensor) -> GradientFactors:
-    """Return the factors with their units in another order."""
+def of_units(part: GradientFactors, indices: Tensor) -> GradientFactors:
+    """Return the factors of some units, or of all in another order."""
     found: dict[str, Any] = {}
     for name, (units, _) in TENSORS[type(part)].items():
         tensor = getattr(part, name)
         samples = torch.unflatten(tensor, units, (part.n, -1))
-        found[name] = samples.index_select(units, order.to(tensor.device)).flatten(units, units + 1)
+        found[name] = samples.index_select(units, indices.to(tensor.device)).flatten(units, units + 1)
+    if isinstance(part, ConvolutionFactors):
+        found["n"] = len(indices)
     return replace(part, **found)

@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge
 
 from lightning_gradconf.gram.ghost import graph as graphs
 from lightning_gradconf.gram.ghost.factors import GradientFactors, materialize
+from lightning_gradconf.gram.ghost.joining import of_units
 from lightning_gradconf.gram.ghost.nodes import dtypes
 from lightning_gradconf.gram.objective import as_rows
 
@@ -70,7 +71,7 @@ class Proof:
         weights = self.weights.to(as_rows(leaf[None], 1).dtype)
         first, *others = (part.weighted(weights) for part in parts)
         got = sum(others, first)
-        row = materialize(*(part.units(slice(self.unit, self.unit + 1)) for part in parts))[0]
+        row = materialize(*(of_units(part, torch.tensor([self.unit])) for part in parts))[0]
         if source is not None:
             got, row = (_pulled(gradient, source, leaf) for gradient in (got, row))
         known = [self.wanted.pop(id(tensor)) for tensor in leaves]

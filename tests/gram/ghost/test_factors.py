@@ -22,7 +22,7 @@ from lightning_gradconf.gram.ghost.factors import (
     gram_of_sum,
     materialize,
 )  # fmt: skip
-from lightning_gradconf.gram.ghost.joining import joined, reordered
+from lightning_gradconf.gram.ghost.joining import joined, of_units
 
 
 def check_what_all_factors_do(part: GradientFactors, gradients: Tensor) -> None:
@@ -32,10 +32,10 @@ def check_what_all_factors_do(part: GradientFactors, gradients: Tensor) -> None:
     torch.testing.assert_close(materialize(part), gradients)
     torch.testing.assert_close(part.weighted(weights), weights @ gradients)
     assert (part.n, part.numel) == gradients.shape
-    torch.testing.assert_close(materialize(part.units(slice(1, 2))), gradients[1:2])
+    torch.testing.assert_close(materialize(of_units(part, torch.tensor([1]))), gradients[1:2])
     order = torch.arange(n).flip(0)
-    torch.testing.assert_close(materialize(reordered(part, order)), gradients.flip(0))
-    groups = [[part.units(slice(0, 1))], [part.units(slice(1, n))]]
+    torch.testing.assert_close(materialize(of_units(part, order)), gradients.flip(0))
+    groups = [[of_units(part, torch.arange(*some))] for some in ((0, 1), (1, n))]
     torch.testing.assert_close(materialize(*joined(groups)), gradients)
 
 
@@ -45,7 +45,7 @@ def test_multiples_of_one_direction():
     weights = torch.linspace(-1, 2, 3).double()
     torch.testing.assert_close(materialize(part), gradients)
     torch.testing.assert_close(part.weighted(weights), weights @ gradients)
-    torch.testing.assert_close(materialize(part.units(slice(1, 2))), gradients[1:2])
+    torch.testing.assert_close(materialize(of_units(part, torch.tensor([1]))), gradients[1:2])
     torch.testing.assert_close(part.gram(Workspace()), gradients @ gradients.T)
     rows = OuterProducts(torch.randn(1, 3, 4, 2).double(), torch.randn(1, 3, 4, 3).double())
     for parts in ([part, rows], [rows, part, part], [part, part]):
