@@ -102,17 +102,19 @@ class ConvolutionFactors:
     def _folded(self, lo: int, hi: int) -> Tensor:
         """Form gradients in one call, each sample as a group of channels of one image."""
         samples = len(self.input)
-        per_group = self.major // self.groups
-        if self.groups > 1:
-            lo, hi = lo // per_group, -(-hi // per_group)
-            x, d = (torch.unflatten(t, 1, (self.groups, -1))[:, lo:hi] for t in (self.input, self.delta))
-            weight, groups = torch.unflatten(self.weight, 0, (self.groups, -1))[lo:hi].flatten(0, 1), hi - lo
+        first = lo
+        if self.groups > 1:  # whole groups, from which the rows are cut
+            per_group = self.major // self.groups
+            some = slice(lo // per_group, -(-hi // per_group))
+            first, groups = some.start * per_group, some.stop - some.start
+            x, d = (torch.unflatten(t, 1, (self.groups, -1))[:, some] for t in (self.input, self.delta))
+            weight = torch.unflatten(self.weight, 0, (self.groups, -1))[some].flatten(0, 1)
         else:
             x, d, weight, groups = self.input, self.delta[:, lo:hi], self.weight[lo:hi], 1
         folded_x, folded_d = (t.reshape(1, -1, *t.shape[-(self.weight.dim() - 2) :]) for t in (x, d))
         stub = weight.new_empty(1).expand(samples * len(weight), *weight.shape[1:])
         gradients = self._backward(folded_x, folded_d, stub, samples * groups)
-        return gradients.view(self.n, -1, *weight.shape).sum(1)
+        return gradients.view(self.n, -1, *weight.shape).sum(1)[:, lo - first : hi - first]
 
     def _backward(self, x: Tensor, d: Tensor, weight: Tensor, groups: int) -> Tensor:
         mask = [False, True, False]

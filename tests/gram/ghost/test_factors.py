@@ -117,6 +117,17 @@ def test_every_form_of_every_convolution(dims, geometry, groups, transposed, sam
     check_what_all_factors_do(part, torch.stack(want))
 
 
+@pytest.mark.parametrize("form", ["_by_unit", "_folded"])
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_blocks_of_a_grouped_convolution_end_anywhere_in_a_group(form, rows, monkeypatch):
+    x, delta = (torch.randn(3, channels, 5).double() for channels in (4, 8))
+    part = ConvolutionFactors(x, delta, torch.empty(8, 2, 3), 3, [1], [1], [1], False, [0], 2)
+    gradients = materialize(part)
+    monkeypatch.setattr(contraction, "BLOCK", 3 * part.numel * rows // part.major)
+    got = contraction.completed(part._blocks(getattr(part, form)))
+    torch.testing.assert_close(got, gradients @ gradients.T)
+
+
 @given(st.integers(1, 3), st.integers(2, 5), st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))
 @settings(max_examples=40, deadline=None)
 def test_both_forms_of_outer_products(groups, n, rows, p, q):
