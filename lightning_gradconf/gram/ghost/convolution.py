@@ -58,8 +58,13 @@ class ConvolutionFactors:
         return self.weight.shape[0]
 
     def block(self, lo: int, hi: int) -> Tensor:
-        """Return some rows of the gradients, ``(n, hi - lo, ...)``."""
-        return self._by_unit(lo, hi)
+        """Return some rows of the gradients, ``(n, hi - lo, ...)``, by PyTorch's own weight gradient of each unit."""
+        whole = hi - lo == self.major or self.transposed or self.groups > 1
+        delta = self.delta if whole else self.delta[:, lo:hi]
+        weight = self.weight if whole else self.weight[lo:hi]
+        units = zip(self.input.chunk(self.n), delta.chunk(self.n), strict=True)
+        gradients = torch.stack([self._backward(x, d, weight, self.groups) for x, d in units])
+        return gradients[:, lo:hi] if whole else gradients
 
     def gram(self, workspace: Workspace) -> Tensor:
         """Return all inner products, ``(n, n)``, in the form that is the fastest of those tried."""
@@ -73,8 +78,8 @@ class ConvolutionFactors:
             shifted = samples**2 / 2 * (inputs**2 * self.input.shape[1] + pixels**2 * (out + 16 * taps))
             forms["taps"] = (formed, lambda: self._by_taps(workspace))  # the first of equals is used first
             forms["shifted"] = (shifted, lambda: self._shifted(workspace))
-        forms["unit"] = (formed, lambda: self._blocks(self._by_unit))
-        if self._can_fold():
+        forms["unit"] = (formed, lambda: self._blocks(self.block))
+        if not self.transposed and (self.groups == 1 or samples == self.n):
             forms["folded"] = (formed, lambda: self._blocks(self._folded))
         key = ("patches", self.n, *self.input.shape, *self.weight.shape, *self.delta.shape, self.groups)
         return cheapest(workspace, key, forms)
@@ -86,18 +91,6 @@ class ConvolutionFactors:
 
     def _blocks(self, block: Callable[[int, int], Tensor]) -> Form:
         return by_blocks(self.n, self.numel, self.major, block)
-
-    def _can_fold(self) -> bool:
-        return not self.transposed and (self.groups == 1 or len(self.input) == self.n)
-
-    def _by_unit(self, lo: int, hi: int) -> Tensor:
-        """Form gradients by one call of PyTorch's own weight gradient a unit."""
-        whole = hi - lo == self.major or self.transposed or self.groups > 1
-        delta = self.delta if whole else self.delta[:, lo:hi]
-        weight = self.weight if whole else self.weight[lo:hi]
-        units = zip(self.input.chunk(self.n), delta.chunk(self.n), strict=True)
-        gradients = torch.stack([self._backward(x, d, weight, self.groups) for x, d in units])
-        return gradients[:, lo:hi] if whole else gradients
 
     def _folded(self, lo: int, hi: int) -> Tensor:
         """Form gradients in one call, each sample as a group of channels of one image."""

@@ -117,7 +117,7 @@ def test_every_form_of_every_convolution(dims, geometry, groups, transposed, sam
     check_what_all_factors_do(part, torch.stack(want))
 
 
-@pytest.mark.parametrize("form", ["_by_unit", "_folded"])
+@pytest.mark.parametrize("form", ["block", "_folded"])
 @pytest.mark.parametrize("rows", [1, 3, 5])
 def test_blocks_of_a_grouped_convolution_end_anywhere_in_a_group(form, rows, monkeypatch):
     x, delta = (torch.randn(3, channels, 5).double() for channels in (4, 8))
