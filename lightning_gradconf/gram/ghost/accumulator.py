@@ -1,11 +1,12 @@
-"""From the deltas that reach the uses of parameters, as a backward pass brings them, to factors and Grams."""
+"""One backward pass: from the deltas that it brings to the uses of parameters, to factors and Grams."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_gradconf.gram.findings import Places
 from lightning_gradconf.gram.ghost import graph as graphs
+from lightning_gradconf.gram.ghost import lstm
 from lightning_gradconf.gram.ghost.contraction import Workspace
 from lightning_gradconf.gram.ghost.custom_functions import unit_of
 from lightning_gradconf.gram.ghost.factors import (
@@ -25,21 +27,17 @@ from lightning_gradconf.gram.ghost.factors import (
     materialize,
 )  # fmt: skip
 from lightning_gradconf.gram.ghost.graph import Graph, Use
-from lightning_gradconf.gram.ghost.nodes import dtypes, variable
+from lightning_gradconf.gram.ghost.nodes import dtypes, shapes, variable
 from lightning_gradconf.gram.ghost.placement import Placement
 from lightning_gradconf.gram.ghost.rules import factors_of
 from lightning_gradconf.gram.ghost.verify import Proof
-from lightning_gradconf.gram.objective import accumulation_dtype, as_rows, empty_rows, upcast
+from lightning_gradconf.gram.memory_budget import megabytes
+from lightning_gradconf.gram.objective import accumulation_dtype, as_rows, empty_rows, run_backward, sizes, upcast
 from lightning_gradconf.gram.process_state import without_warnings
-
-Receiver = Callable[[Sequence[Tensor | None]], None]
 
 
 class Accumulator:
     """Contracts what each parameter's uses contribute as soon as all of it is known, and drops it.
-
-    ``receivers`` says what each node with a use does with the gradients of its results. After all of them and `finish`,
-    ``grams`` has the Gram of each parameter, or ``factors`` what it is made of.
 
     Args:
         graph: The graph of unit losses.
@@ -52,9 +50,13 @@ class Accumulator:
         budget: Bytes that gradients may fill, where they have to be formed.
 
     Attributes:
-        scratch: What the rules left of the last node.
+        grams: The Gram of each parameter, after `run`.
+        factors: With ``keep``, what it is made of instead.
         missing: Why no rule applies, by parameter.
         surprises: Whether a use without a proof had a gradient.
+
+    Raises:
+        NotImplementedError: More gradients have to be formed than the budget allows.
     """
 
     def __init__(
@@ -65,15 +67,16 @@ class Accumulator:
         places: Places,
         workspace: Workspace,
         *,
-        keep: bool = False,
-        proof: Proof | None = None,
-        budget: int | None = None,
+        keep: bool,
+        proof: Proof | None,
+        budget: int | None,
     ) -> None:
         self.grams: dict[str, Tensor] = {}
         self.factors: dict[str, list[GradientFactors]] = {}
         self.missing: dict[str, str] = {}
         self.surprises = False
-        self.scratch: dict[str, Any] = {}
+        self._scratch: dict[str, Any] = {}  # what the rules left of the last node
+        self._graph = graph
         self._parameters, self._n, self._places, self._workspace = parameters, n, places, workspace
         self._keeps, self._proof, self._budget = keep, proof, budget
         self._leaves: dict[str, list[Tensor]] = defaultdict(list)
@@ -85,12 +88,45 @@ class Accumulator:
         self._by_pull = graphs.formed(graph, to_join=keep)
         self._pulled: dict[GradientEdge, Tensor] = {}  # unit gradients of free tensors
         self._busy = False
-        uses: dict[Node, list[tuple[int, Use]]] = defaultdict(list)
-        for index, use in enumerate(graph.uses):
-            uses[use.node].append((index, use))
-        self.receivers = {node: self._receiver(of_node) for node, of_node in uses.items()}
+        if budget is not None and (needed := self._formed()) > budget:
+            raise NotImplementedError(
+                f"gradients of parameters that are transformed before they meet the data take {megabytes(needed)}, for "
+                "which the memory budget has no room"
+            )
 
-    def finish(self) -> None:
+    def _formed(self) -> int:
+        """Return the bytes of the gradients that have to be formed."""
+        parameters = [self._parameters[name] for name in self._by_pull]
+        sources = {use.source for use in self._graph.uses if use.free.parameters & self._by_pull}
+        elements = sum(math.prod(graphs.shape(source)) for source in sources)
+        itemsize = max((accumulation_dtype(p).itemsize for p in parameters), default=0)
+        return self._n * (sum(sizes(parameters)) + elements * itemsize)
+
+    def run(self, losses: Tensor, *, keep_graph: bool) -> None:
+        """Run the backward pass down to the lowest uses, and take what comes by."""
+        uses: dict[Node, list[tuple[int, Use]]] = defaultdict(list)
+        for index, use in enumerate(self._graph.uses):
+            uses[use.node].append((index, use))
+        edges = [GradientEdge(node, i) for node in self._graph.bottom for i in range(len(shapes(node)))]
+        # What the pass ends at is returned by it; a hook there would not be called.
+        passed = uses.keys() - set(self._graph.bottom)
+        hooks = [node.register_prehook(partial(self._receive, uses[node])) for node in passed]
+        for node in passed:
+            if node.name() == lstm.NAME:
+                hooks += lstm.shorten(node, lambda: self._scratch.pop("gates", None))
+        try:
+            captured = run_backward(losses, edges, keep_graph=keep_graph) if edges else ()
+            deltas: dict[Node, list[Tensor | None]] = defaultdict(list)
+            for edge, delta in zip(edges, captured, strict=True):
+                deltas[edge.node].append(delta)
+            for node, of_node in deltas.items():
+                self._receive(uses[node], of_node)
+        finally:
+            for hook in hooks:  # a node, its hook and what the hook knows of the graph would keep one another alive
+                hook.remove()
+        self._finish()
+
+    def _finish(self) -> None:
         """Complete what not all uses had a gradient for, when there are no more gradients to come."""
         if self._pulled:
             self._pull()
@@ -104,37 +140,37 @@ class Accumulator:
             else:
                 self.grams[name] = torch.zeros(self._n, self._n, dtype=accumulation_dtype(p), device=p.device)
 
-    def _receiver(self, uses: Sequence[tuple[int, Use]]) -> Receiver:
-        """Return what to do with the gradients of the results of a node with these uses."""
+    def _receive(self, uses: Sequence[tuple[int, Use]], deltas: Sequence[Tensor | None]) -> None:
+        """Take the gradients of the results of a node with these uses."""
+        if self._busy:  # a rule that differentiates the node comes by here again
+            return
+        given = [delta for delta in deltas if delta is not None]
+        if not any(delta.numel() for delta in given):  # of an expert without tokens there is no gradient
+            return
+        device = given[0].device.type
+        autocast = torch.is_autocast_enabled(device)  # to switch it off takes longer than to ask
+        precise = torch.autocast(device, enabled=False) if autocast else nullcontext()
+        self._busy = True
+        try:
+            with torch._C.DisableTorchFunction(), torch.no_grad(), precise:
+                self._add(uses, given[0], deltas)
+        finally:
+            self._busy = False
 
-        def receive(deltas: Sequence[Tensor | None]) -> None:
-            given = [delta for delta in deltas if delta is not None]
-            if self._busy:  # a rule that differentiates the node comes by here again
-                return
-            if not any(delta.numel() for delta in given):  # of an expert without tokens there is no gradient
-                return
-            delta = given[0]
-            device = delta.device.type
-            autocast = torch.is_autocast_enabled(device)  # to switch it off takes longer than to ask
-            precise = torch.autocast(device, enabled=False) if autocast else nullcontext()
-            self._busy = True
-            try:
-                with torch._C.DisableTorchFunction(), torch.no_grad(), precise:
-                    self._receive(uses, delta, deltas)
-            finally:
-                self._busy = False
-
-        return receive
-
-    def _receive(self, uses: Sequence[tuple[int, Use]], delta: Tensor, deltas: Sequence[Tensor | None]) -> None:
-        self.scratch = {}
+    def _add(self, uses: Sequence[tuple[int, Use]], delta: Tensor, deltas: Sequence[Tensor | None]) -> None:
+        self._scratch = {}
         for index, use in uses:
             names = use.free.parameters
             if names <= self.missing.keys():
                 continue
-            placement = Placement(self._n, self._places.guesses.get(index, 0), deltas=deltas, scratch=self.scratch)
-            placement.budget = self._budget
-            placement.compares = self._proof is not None or index in self._places.unproved
+            placement = Placement(
+                self._n,
+                self._places.guesses.get(index, 0),
+                deltas=deltas,
+                scratch=self._scratch,
+                compares=self._proof is not None or index in self._places.unproved,
+                budget=self._budget,
+            )
             try:
                 part = factors_of(use.node, use.slot, delta, graphs.shape(use.source), placement)
             except NotImplementedError as error:

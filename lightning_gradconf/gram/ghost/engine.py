@@ -9,7 +9,6 @@ measurement, and again at times, that is proved (`verify`).
 from __future__ import annotations
 
 import logging
-import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,26 +17,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
 
 from lightning_gradconf.batches.units import copy_of, shapes_of
 from lightning_gradconf.gram import loop, shared_draws
 from lightning_gradconf.gram.findings import Findings, Places
 from lightning_gradconf.gram.ghost import graph as graphs
-from lightning_gradconf.gram.ghost import lstm
 from lightning_gradconf.gram.ghost.accumulator import Accumulator
 from lightning_gradconf.gram.ghost.agreement import UnitsDiffer
 from lightning_gradconf.gram.ghost.factors import Dense, GradientFactors, gram_of_sum
 from lightning_gradconf.gram.ghost.graph import Graph
 from lightning_gradconf.gram.ghost.joining import joined, of_units
-from lightning_gradconf.gram.ghost.nodes import is_checkpointed, shapes
+from lightning_gradconf.gram.ghost.nodes import is_checkpointed
 from lightning_gradconf.gram.ghost.search import search
 from lightning_gradconf.gram.ghost.unit_losses import Forward, forward
 from lightning_gradconf.gram.ghost.verify import SCALE, Proof, random_weights
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
-from lightning_gradconf.gram.memory_budget import megabytes
 from lightning_gradconf.gram.module_state import rewinder
-from lightning_gradconf.gram.objective import Objective, accumulation_dtype, run_backward, sizes, take_attributes
+from lightning_gradconf.gram.objective import Objective, run_backward, take_attributes
 from lightning_gradconf.gram.plain_autograd import disagreement, in_words
 from lightning_gradconf.gram.process_state import random_states
 
@@ -69,8 +65,7 @@ def unit_grams(
     if len(groups) == 1 and groups[0].grams:
         return groups[0].grams
     with torch.no_grad():
-        factors = _all_factors(objective, groups)
-        order = torch.tensor([i for group in groups for i in group.indices]).argsort()
+        factors, order = _joined(objective, groups)
         grams = {name: gram_of_sum(factors.pop(name), findings.workspace) for name in list(factors)}
         return {name: gram[order][:, order] for name, gram in grams.items()}
 
@@ -84,8 +79,7 @@ def unit_factors(
     """
     groups = list(_measured(objective, units, mode, findings, budget, keep=True))
     with torch.no_grad():
-        factors = _all_factors(objective, groups)
-        order = torch.tensor([i for group in groups for i in group.indices]).argsort()
+        factors, order = _joined(objective, groups)
         if len(groups) > 1:
             factors = {name: [of_units(part, order) for part in parts] for name, parts in factors.items()}
         return factors
@@ -100,8 +94,10 @@ class _Group:
     factors: Factors
 
 
-def _all_factors(objective: Objective, groups: Sequence[_Group]) -> Factors:
-    return {name: joined([group.factors.pop(name) for group in groups]) for name in objective.parameters}
+def _joined(objective: Objective, groups: Sequence[_Group]) -> tuple[Factors, Tensor]:
+    """Return the factors of all units, group by group, and the order to put the units in."""
+    factors = {name: joined([group.factors.pop(name) for group in groups]) for name in objective.parameters}
+    return factors, torch.tensor([i for group in groups for i in group.indices]).argsort()
 
 
 def _measured(
@@ -158,8 +154,8 @@ def _measured(
         found = measurement.accumulated(first, proves)
         if found.surprises:  # a use that was never proved
             found = measurement.accumulated(measurement.forward(records=True), proves=True)
-        del first
         yield _Group(indices, found.grams, found.factors)
+        del first, found  # and the graph with them
 
 
 @dataclass
@@ -213,7 +209,7 @@ class _Measurement:
         if places.free:
             graph = self._read(forward, places.free)
         found = self._accumulator(graph, places, None)
-        _run(forward.losses, graph, found, keep_graph=False)
+        found.run(forward.losses, keep_graph=False)
         if found.missing:
             raise NotImplementedError(next(iter(found.missing.values())))
         return found
@@ -224,11 +220,6 @@ class _Measurement:
         return graphs.read(forward.losses.grad_fn, names, len(self.units), forward.nodes, free)
 
     def _accumulator(self, graph: Graph, places: Places, proof: Proof | None) -> Accumulator:
-        if self.budget is not None and (needed := self._formed(graph)) > self.budget:
-            raise NotImplementedError(
-                f"gradients of parameters that are transformed before they meet the data take {megabytes(needed)}, for "
-                "which the memory budget has no room"
-            )
         parameters, workspace = self.objective.parameters, self.findings.workspace
         return Accumulator(
             graph, parameters, len(self.units), places, workspace, keep=self.keep, proof=proof, budget=self.budget
@@ -273,19 +264,11 @@ class _Measurement:
         wanted = _gradients(losses, graph, weights)
         proof = Proof(weights, wanted, self.compared, precision)
         found = self._accumulator(graph, places, proof)
-        _run(losses, graph, found, keep_graph=keep_graph)
+        found.run(losses, keep_graph=keep_graph)
         failed = proof.failures()
         if failed and keep_graph:  # perhaps by no more than rounding
             failed = proof.failures([_gradients(losses, graph, scale * weights) for scale in (1.0, SCALE)])
         return found, proof, failed
-
-    def _formed(self, graph: Graph) -> int:
-        """Return the bytes of the gradients that have to be formed."""
-        names = graphs.formed(graph, to_join=self.keep)
-        sources = {use.source for use in graph.uses if use.free.parameters & names}
-        elements = sum(math.prod(graphs.shape(source)) for source in sources)
-        itemsize = max((accumulation_dtype(self.objective.parameters[name]).itemsize for name in names), default=0)
-        return len(self.units) * (sum(sizes(self.objective.parameters[name] for name in names)) + elements * itemsize)
 
     def _refuse(self, errors: Mapping[str, float], what: str) -> None:
         if not errors:
@@ -303,27 +286,3 @@ def _gradients(losses: Tensor, graph: Graph, seed: Tensor) -> dict[int, Tensor |
     targets = [leaf for _, leaf in graph.leaves]
     gradients = run_backward(losses, targets, keep_graph=True, seed=seed) if targets else ()
     return dict(zip(map(id, targets), gradients, strict=True))
-
-
-def _run(losses: Tensor, graph: Graph, accumulator: Accumulator, *, keep_graph: bool) -> None:
-    """Run the backward pass down to the lowest uses, and let the accumulator have what comes by."""
-    receivers = accumulator.receivers
-    edges = [GradientEdge(node, i) for node in graph.bottom for i in range(len(shapes(node)))]
-    # What the pass ends at is returned by it; a hook there would not be called.
-    passed = receivers.keys() - set(graph.bottom)
-    hooks = [node.register_prehook(receivers[node]) for node in passed]
-    for node in passed:
-        if node.name() == lstm.NAME:
-            hooks += lstm.shorten(node, lambda: accumulator.scratch.pop("gates", None))
-    try:
-        captured = run_backward(losses, edges, keep_graph=keep_graph) if edges else ()
-        deltas: dict[Node, list[Tensor | None]] = defaultdict(list)
-        for edge, delta in zip(edges, captured, strict=True):
-            deltas[edge.node].append(delta)
-        for node, of_node in deltas.items():
-            receivers[node](of_node)
-    finally:
-        for hook in hooks:  # a node, its hook and what the hook knows of the graph would keep one another alive
-            hook.remove()
-        receivers.clear()
-    accumulator.finish()
