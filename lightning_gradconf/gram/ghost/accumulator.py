@@ -27,12 +27,12 @@ from lightning_gradconf.gram.ghost.factors import (
     materialize,
 )  # fmt: skip
 from lightning_gradconf.gram.ghost.graph import Graph, Use
-from lightning_gradconf.gram.ghost.nodes import dtypes, shapes, variable
+from lightning_gradconf.gram.ghost.nodes import dtypes, shapes
 from lightning_gradconf.gram.ghost.placement import Placement
 from lightning_gradconf.gram.ghost.rules import factors_of
 from lightning_gradconf.gram.ghost.verify import Proof
 from lightning_gradconf.gram.memory_budget import megabytes
-from lightning_gradconf.gram.objective import accumulation_dtype, as_rows, empty_rows, run_backward, sizes, upcast
+from lightning_gradconf.gram.objective import accumulation_dtype, as_rows, empty_rows, run_backward, sizes
 from lightning_gradconf.gram.process_state import without_warnings
 
 
@@ -241,28 +241,18 @@ class Accumulator:
         """Take the unit gradients of free tensors back to the parameters that they are made of."""
         names = [name for name in self._by_pull if name not in self.missing]
         leaves = [(name, leaf) for name in names for leaf in self._leaves[name]]
-        rows: dict[str, Tensor] = {}
-        inner: list[GradientEdge] = []
-        for edge, gradients in self._pulled.items():
-            leaf = variable(edge.node)
-            if leaf is None:
-                inner.append(edge)
-                continue
-            for name in (name for name, own in leaves if own is leaf):
-                rows[name] = gradients
-        if inner and leaves:
-            seeds = [_as_seed(self._pulled[edge], edge) for edge in inner]
-            # Some of PyTorch's operations have no batching rule, are right all the same, and say so each time.
-            with without_warnings("There is a performance drop because"):
-                found = torch.autograd.grad(
-                    inner, [leaf for _, leaf in leaves], seeds,
-                    is_grads_batched=True, allow_unused=True, retain_graph=True,
-                )  # fmt: skip
-            for (name, _), gradient in zip(leaves, found, strict=True):
-                if gradient is not None:
-                    rows[name] = rows.get(name, 0) + as_rows(gradient, self._n)
-        for name, row in rows.items():
-            self._parts[name].append(Dense(upcast(row)))
+        if not leaves:
+            return
+        seeds = [_as_seed(gradients, edge) for edge, gradients in self._pulled.items()]
+        # Some of PyTorch's operations have no batching rule, are right all the same, and say so each time.
+        with without_warnings("There is a performance drop because"):
+            found = torch.autograd.grad(
+                [*self._pulled], [leaf for _, leaf in leaves], seeds,
+                is_grads_batched=True, allow_unused=True, retain_graph=True,
+            )  # fmt: skip
+        for (name, _), gradient in zip(leaves, found, strict=True):
+            if gradient is not None:
+                self._parts[name].append(Dense(as_rows(gradient, self._n)))
 
 
 def _as_seed(rows: Tensor, source: GradientEdge) -> Tensor:

@@ -199,8 +199,7 @@ class _Measurement:
         if places is None or proves:
             if forward.numbers is None:
                 forward = self.forward(records=True)
-                graph = self._read(forward, ())
-            found, places = self._proved(forward, graph, places or Places())
+            found, places = self._proved(forward, places or Places())
             if places is not None:
                 if len(self.findings.graphs) >= _REMEMBERED:
                     self.findings.graphs.clear()
@@ -225,18 +224,17 @@ class _Measurement:
             graph, parameters, len(self.units), places, workspace, keep=self.keep, proof=proof, budget=self.budget
         )
 
-    def _proved(self, forward: Forward, graph: Graph, places: Places) -> tuple[Accumulator, Places | None]:
+    def _proved(self, forward: Forward, places: Places) -> tuple[Accumulator, Places | None]:
         """Return what was found and proved, and where the units lie; None if it cannot be proved this time."""
+        graph = self._read(forward, places.free)
         if any(map(is_checkpointed, graph.order)):  # it would run on the module itself, after the pass
             raise NotImplementedError(f"torch {torch.__version__} has other names for what runs around a checkpoint")
-        if places.free:
-            graph = self._read(forward, places.free)
         if graphs.is_coarse(graph.order):  # entries of deltas say where the units lie, and a sum of gradients little
             search(forward.losses, graph, random_weights(forward.losses, self.findings.measurements), (), places)
         found, proof, failed = self._tried(forward, graph, places, keep_graph=False)
         if failed or found.missing:  # hardly ever, so the graph was not kept for it
             forward = self.forward(records=True)
-            graph = self._read(forward, ())
+            graph = self._read(forward, places.free)
             for attempt in range(_ATTEMPTS):
                 lost = failed.keys() | found.missing.keys()
                 if not lost or (not search(forward.losses, graph, proof.weights, lost, places) and attempt):

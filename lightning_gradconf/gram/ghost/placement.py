@@ -47,7 +47,7 @@ class Placement:
 
     def rows(self, x: Tensor) -> Tensor:
         """Return ``(rows, ...)`` as ``(n, rows / n, ...)``."""
-        outer = self._choose([Place(0, outer) for outer in self._outer(x.shape[0])], x).outer
+        outer = self._choose(x, [0]).outer
         if outer == 1:
             return torch.unflatten(x, 0, (self.n, -1))
         return torch.unflatten(x, 0, (outer, self.n, -1)).transpose(0, 1).flatten(1, 2)
@@ -56,10 +56,7 @@ class Placement:
         """Return what ``x`` contributes to an operand of ``shape`` that was broadcast to the shape of ``x``."""
         x = upcast(x)
         shape = (1,) * (x.dim() - len(shape)) + shape
-        places = [
-            Place(axis, outer) for axis, size in enumerate(shape) if size == 1 for outer in self._outer(x.shape[axis])
-        ]
-        axis, outer = self._choose(sorted(places, key=lambda place: place.outer > 1), x)
+        axis, outer = self._choose(x, [axis for axis, size in enumerate(shape) if size == 1])
         x = torch.unflatten(x, axis, (outer, self.n, -1))
         shape = (*shape[:axis], 1, self.n, 1, *shape[axis + 1 :])
         summed = [d for d, size in enumerate(shape) if size == 1]
@@ -68,8 +65,7 @@ class Placement:
 
     def parts(self, x: Tensor) -> Iterator[Tensor]:
         """Yield for each unit ``x`` with zeros in the place of all others."""
-        places = [Place(axis, outer) for axis in range(x.dim()) for outer in self._outer(x.shape[axis])]
-        place = self._choose(sorted(places, key=lambda place: place.outer > 1), x)
+        place = self._choose(x, range(x.dim()))
         unit = self._unit_of(torch.arange(x.shape[place.axis], device=x.device), x.shape[place.axis], place)
         unit = unit.view(-1, *[1] * (x.dim() - place.axis - 1))
         for i in range(self.n):
@@ -82,9 +78,12 @@ class Placement:
         repeats = size // self.n
         return list(dict.fromkeys([1, repeats, *(d for d in range(2, repeats) if repeats % d == 0)]))
 
-    def _choose(self, places: list[Place], x: Tensor) -> Place:
+    def _choose(self, x: Tensor, axes: Sequence[int]) -> Place:
+        """Return where in ``x`` the units are taken to lie, along one of these axes."""
+        places = [Place(axis, outer) for axis in axes for outer in self._outer(x.shape[axis])]
         if not places:
             raise NotImplementedError(f"no dimension of {tuple(x.shape)} holds {self.n} units")
+        places.sort(key=lambda place: place.outer > 1)
         self.guesses = max(self.guesses, len(places))
         place = places[min(self.guess, len(places) - 1)]
         if self.compares and len(places) > 1:

@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, Node
 from lightning_gradconf.gram.findings import Places
 from lightning_gradconf.gram.ghost import graph as graphs
 from lightning_gradconf.gram.ghost.factors import GradientFactors
-from lightning_gradconf.gram.ghost.graph import Graph
+from lightning_gradconf.gram.ghost.graph import Graph, Use
 from lightning_gradconf.gram.ghost.joining import TENSORS
 from lightning_gradconf.gram.ghost.nodes import shapes
 from lightning_gradconf.gram.ghost.placement import Placement
@@ -39,8 +39,7 @@ def search(losses: Tensor, graph: Graph, weights: Tensor, parameters: Collection
     guesses, free = {}, set[int]()
     with torch.no_grad():
         for i, use in uses.items():
-            shape = graphs.shape(use.source)
-            guess = _guess(use.node, use.slot, shape, ones[use.node], weighted[use.node], weights)
+            guess = _guess(use, ones[use.node], weighted[use.node], weights)
             if guess is None and i in lost:
                 free.add(graph.order.index(use.node))
             elif guess:
@@ -61,27 +60,23 @@ def _deltas(losses: Tensor, nodes: Sequence[Node], seed: Tensor) -> dict[Node, l
     return found
 
 
-def _guess(
-    node: Node,
-    slot: int,
-    shape: tuple[int, ...],
-    ones: Sequence[Tensor | None],
-    weighted: Sequence[Tensor | None],
-    weights: Tensor,
-) -> int | None:
+def _guess(use: Use, ones: Sequence[Tensor | None], weighted: Sequence[Tensor | None], weights: Tensor) -> int | None:
     """Return which place of the units explains the deltas of a use, None if no place does."""
     delta, other = (next((delta for delta in deltas if delta is not None), None) for deltas in (ones, weighted))
     if delta is None or other is None or not delta.numel():
         return 0
+    shape = graphs.shape(use.source)
     errors: list[float] = []
     guesses = 1
     while len(errors) < min(guesses, _GUESSES):
         placements = [Placement(len(weights), len(errors), deltas=deltas) for deltas in (ones, weighted)]
         try:
-            parts = [factors_of(node, slot, d, shape, p) for d, p in zip((delta, other), placements, strict=True)]
+            part, scaled = (
+                factors_of(use.node, use.slot, d, shape, at) for d, at in zip((delta, other), placements, strict=True)
+            )
         except NotImplementedError:
             return None
-        errors.append(_error(parts[0], parts[1], weights))
+        errors.append(_error(part, scaled, weights))
         if errors[-1] <= max(_TOLERANCE, 4 * torch.finfo(weights.dtype).eps):
             return len(errors) - 1
         guesses = placements[0].guesses
