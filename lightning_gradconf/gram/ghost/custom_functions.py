@@ -69,7 +69,7 @@ def vmappable(n: int) -> Iterator[None]:
         return apply(*args, **kwargs)
 
     def nothing_around(generator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return _nothing() if threading.get_ident() == thread else generator(*args, **kwargs)
+        return iter([None]) if threading.get_ident() == thread else generator(*args, **kwargs)
 
     vars(checkpoints).update({name: partial(nothing_around, generator) for name, generator in generators.items()})
     try:
@@ -110,10 +110,6 @@ def _redirected(owner: Any) -> Any:
         return owner._apply_by_unit(cls, *args, **kwargs)
 
     return apply
-
-
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager

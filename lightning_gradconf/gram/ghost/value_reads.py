@@ -61,8 +61,10 @@ def _item(mode: UnitMode, function: Callable[..., Any], tensor: Tensor) -> Any:
     return UnitNumber(_rows(mode, tensor.reshape(()), "item()").tolist(), mode)
 
 
-def _numpy(mode: UnitMode, function: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    same(mode, lambda value: value.tolist(), tensor, function.__name__)
+def _of_first(mode: UnitMode, function: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Call a function with the first unit's value. All are compared, but for text of fractions: logs are full of it."""
+    if function not in _TEXT or not tensor.is_floating_point():
+        same(mode, lambda value: value.tolist(), tensor, function.__name__)
     with below_vmap(), torch._C.DisableTorchFunction():
         return function(in_front(tensor, mode.n)[0].detach(), *args, **kwargs)
 
@@ -71,15 +73,7 @@ def _compare(mode: UnitMode, function: Callable[..., Any], *args: Any, **kwargs:
     return agreed(mode, _by_unit(mode, function, args, kwargs), function.__name__)
 
 
-def _text(mode: UnitMode, function: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> str:
-    """Return the text of the first unit's value; whole numbers are compared, as text of them may be a key."""
-    if not tensor.is_floating_point():
-        same(mode, lambda value: value.tolist(), tensor, function.__name__)
-    with below_vmap(), torch._C.DisableTorchFunction():
-        return str(function(in_front(tensor, mode.n)[0].detach(), *args, **kwargs))
-
-
-def of_data_size(mode: UnitMode, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _of_data_size(mode: UnitMode, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Return the results of units one by one, stacked, where they have one shape.
 
     Raises:
@@ -105,7 +99,7 @@ def _by_unit(mode: UnitMode, function: Callable[..., Any], args: Any, kwargs: An
 def _where(mode: UnitMode, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if len(args) + len(kwargs) != 1:
         return NotImplemented
-    return tuple(of_data_size(mode, torch.nonzero, *args, **kwargs).unbind(-1))
+    return tuple(_of_data_size(mode, torch.nonzero, *args, **kwargs).unbind(-1))
 
 
 def _index(mode: UnitMode, index: Any) -> Any:
@@ -115,7 +109,7 @@ def _index(mode: UnitMode, index: Any) -> Any:
     found: list[Any] = []
     for part in index if isinstance(index, tuple) else (index,):
         if is_batched(part) and part.dtype == torch.bool:
-            found += of_data_size(mode, torch.nonzero, part).unbind(-1)
+            found += _of_data_size(mode, torch.nonzero, part).unbind(-1)
         elif isinstance(part, slice):
             found.append(slice(*(_whole(mode, bound) for bound in (part.start, part.stop, part.step))))
         else:
@@ -179,6 +173,7 @@ def _assign(mode: UnitMode, function: Callable[..., Any], tensor: Tensor, index:
 
 
 _NUMBERS = (Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.__complex__)
+_TEXT = (Tensor.__format__, Tensor.__repr__)
 _SIZED = (
     torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere, torch.masked_select, Tensor.masked_select,
     torch.unique, Tensor.unique, torch.unique_consecutive, Tensor.unique_consecutive, torch.bincount, Tensor.bincount,
@@ -187,10 +182,9 @@ _SUMS = (torch.add, Tensor.add, Tensor.add_, torch.sub, Tensor.sub, Tensor.sub_)
 _OF_PRODUCTS = (torch.addcmul, Tensor.addcmul, Tensor.addcmul_, torch.addcdiv, Tensor.addcdiv, Tensor.addcdiv_)
 READS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys((*_NUMBERS, Tensor.tolist, Tensor.is_nonzero, torch.is_nonzero), _number),
-    **dict.fromkeys(_SIZED, of_data_size),
+    **dict.fromkeys(_SIZED, _of_data_size),
     **dict.fromkeys((torch.equal, Tensor.equal, torch.allclose, Tensor.allclose), _compare),
-    **dict.fromkeys((Tensor.__format__, Tensor.__repr__), _text),
-    **dict.fromkeys((Tensor.numpy, Tensor.__array__), _numpy),
+    **dict.fromkeys((*_TEXT, Tensor.numpy, Tensor.__array__), _of_first),
     **dict.fromkeys((torch.arange, torch.linspace, torch.eye, torch.zeros, torch.ones, torch.empty), _with_numbers),
     **dict.fromkeys((torch.tensor, Tensor.new_tensor), _new),
     **dict.fromkeys((torch.full, torch.full_like, Tensor.new_full), _full),
