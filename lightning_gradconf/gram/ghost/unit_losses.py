@@ -156,5 +156,4 @@ def _forward(
         if unit_mode.differ is not None:  # also where the user's code has caught it, or made another error of it
             raise unit_mode.differ
     numbers = None if recorder is None else recorder.checked()
-    with torch._C.DisableTorchFunction():
-        return Forward(losses, tuple(unit_mode.reads), unit_mode.nodes, numbers)
+    return Forward(losses, tuple(unit_mode.reads), unit_mode.nodes, numbers)
