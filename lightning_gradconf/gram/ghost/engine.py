@@ -199,12 +199,7 @@ class _Measurement:
         if places is None or proves:
             if forward.numbers is None:
                 forward = self.forward(records=True)
-            found, places = self._proved(forward, places or Places())
-            if places is not None:
-                if len(self.findings.graphs) >= _REMEMBERED:
-                    self.findings.graphs.clear()
-                self.findings.graphs[signature] = places
-            return found
+            return self._proved(forward, signature, places or Places())
         if places.free:
             graph = self._read(forward, places.free)
         found = self._accumulator(graph, places, None)
@@ -224,8 +219,8 @@ class _Measurement:
             graph, parameters, len(self.units), places, workspace, keep=self.keep, proof=proof, budget=self.budget
         )
 
-    def _proved(self, forward: Forward, places: Places) -> tuple[Accumulator, Places | None]:
-        """Return what was found and proved, and where the units lie; None if it cannot be proved this time."""
+    def _proved(self, forward: Forward, signature: Hashable, places: Places) -> Accumulator:
+        """Return what was found and proved, and remember where the units lie, if the gradients are finite."""
         graph = self._read(forward, places.free)
         if any(map(is_checkpointed, graph.order)):  # it would run on the module itself, after the pass
             raise NotImplementedError(f"torch {torch.__version__} has other names for what runs around a checkpoint")
@@ -250,7 +245,11 @@ class _Measurement:
             errors = disagreement(self.objective, unit, row, proof.precision, numbers)
         self._refuse(errors, "a unit by itself has another gradient")
         places.unproved = proof.unproved
-        return found, places if all(size < float("inf") for _, size in proof.errors.values()) else None
+        if all(size < float("inf") for _, size in proof.errors.values()):
+            if len(self.findings.graphs) >= _REMEMBERED:
+                self.findings.graphs.clear()
+            self.findings.graphs[signature] = places
+        return found
 
     def _tried(
         self, forward: Forward, graph: Graph, places: Places, *, keep_graph: bool
