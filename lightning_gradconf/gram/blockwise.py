@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradconf.gram.memory_budget import megabytes
-from lightning_gradconf.gram.process_state import random_states
+from lightning_gradconf.gram.process_state import full_float32, random_states
 
 log = logging.getLogger("lightning_gradconf")
 Rows = dict[str, Tensor]
@@ -107,7 +107,8 @@ def blockwise(
     def add(name: str, left: Tensor, right: Tensor, i: slice, j: slice) -> None:
         if name not in grams:
             grams[name] = left.new_zeros(ranks, n, ranks, n)
-        product = (left.flatten(0, 1) @ right.flatten(0, 1).T).view(*left.shape[:2], *right.shape[:2])
+        with full_float32(left.device):
+            product = (left.flatten(0, 1) @ right.flatten(0, 1).T).view(*left.shape[:2], *right.shape[:2])
         grams[name][:, i, :, j] += product
         if i != j:
             grams[name][:, j, :, i] += product.permute(2, 3, 0, 1)

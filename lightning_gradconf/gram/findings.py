@@ -38,7 +38,7 @@ class Findings:
     Attributes:
         shapes: Of units whose loss was computed in the ordinary way.
         generators: Random generators of Python and NumPy that the module has.
-        draws: Whether the loss drew random numbers of torch when they were recorded last.
+        draws: Whether the loss drew random numbers of torch when it was computed last.
         graphs: What was verified about each graph met.
         writes: The tensors of which each unit needs its own.
         measurements: How many there were with the ghost engine.

@@ -26,7 +26,7 @@ def disagreement(
     gradients: Mapping[str, Tensor],
     precision: torch.dtype,
     numbers: Sequence[Tensor | None],
-) -> dict[str, float]:
+) -> dict[str, float] | None:
     """Return the parameters of which plain autograd finds another gradient, with the error relative to its norm.
 
     Args:
@@ -35,7 +35,10 @@ def disagreement(
         gradients: What an engine found for it, ``(numel,)`` by parameter.
         precision: The least precise type that the engine computed in. Plain autograd may go through another one:
             autocast casts for fewer operations under vmap.
-        numbers: What the unit drew among the others. If the unit alone draws others, nothing is compared.
+        numbers: What the unit drew among the others.
+
+    Returns:
+        The errors; None if the unit alone draws others, so that nothing can be compared.
     """
     kinds = {precision}
 
@@ -47,7 +50,7 @@ def disagreement(
     with Replayer(numbers) as replayer:
         rows = loop.unit_gradients(replace(objective, loss_fn=loss_fn), [unit])
     if not replayer.has_fitted:
-        return {}
+        return None
     precision = max(kinds, key=lambda kind: torch.finfo(kind).eps)
     own, of_largest = _TOLERANCES.get(precision, _HALF_PRECISION)
     norms = {name: float(row.norm()) for name, row in rows.items()}

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,11 @@ def torch_states() -> list[Tensor]:
     return [part for _, state in _of_torch() for part in (state if isinstance(state, list) else [state])]
 
 
+def have_drawn(before: list[Tensor]) -> bool:
+    """Return whether the random generators of PyTorch have other states than they had before, as of `torch_states`."""
+    return not all(map(torch.equal, before, torch_states()))
+
+
 def _of_torch() -> list[tuple[Callable[[Any], Any], Any]]:
     states: list[tuple[Callable[[Any], Any], Any]] = [(torch.set_rng_state, torch.get_rng_state())]
     for backend in (torch.cuda, getattr(torch, "xpu", None)):
@@ -48,6 +54,43 @@ def _of_torch() -> list[tuple[Callable[[Any], Any], Any]]:
     if torch.backends.mps.is_available():
         states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
     return states
+
+
+def rounds_float32(device: torch.device) -> bool:
+    """Return whether PyTorch may round float32 to TF32 or bfloat16 in matrix products or convolutions on a device.
+
+    GPUs do so in convolutions unless they are told otherwise.
+    """
+    return any(read() not in exact for read, _, exact in _roundings(device))
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Within this context, float32 is not rounded on a device, whatever the user allows."""
+    changed = [(write, value, exact) for read, write, exact in _roundings(device) if (value := read()) not in exact]
+    for write, _, exact in changed:
+        write(exact[0])
+    try:
+        yield
+    finally:
+        for write, value, _ in changed:
+            write(value)
+
+
+def _roundings(device: torch.device) -> list[tuple[Callable[[], Any], Callable[[Any], Any], tuple[Any, ...]]]:
+    """Return what reads and writes each setting that allows rounding on a device, and its values that do not."""
+    backends: Any = torch.backends
+    on_gpu = device.type == "cuda"
+    if hasattr(backends, "fp32_precision"):
+        blas, others = (backends.cuda, backends.cudnn) if on_gpu else (backends.mkldnn, backends.mkldnn)
+        parts, name, exact = [blas.matmul, others.conv, others.rnn], "fp32_precision", ("ieee", "none")
+        return [(partial(getattr, part, name), partial(setattr, part, name), exact) for part in parts]
+    # Before torch 2.9.
+    found: list[Any] = [(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, ("highest",))]
+    if on_gpu:
+        name, part = "allow_tf32", backends.cudnn
+        found.append((partial(getattr, part, name), partial(setattr, part, name), (False,)))
+    return found
 
 
 @contextmanager

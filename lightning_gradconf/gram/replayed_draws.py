@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_gradconf.gram.process_state import torch_states
+from lightning_gradconf.gram.process_state import have_drawn, torch_states
 
 
 class _Watching(TorchDispatchMode):
@@ -36,7 +36,7 @@ class _Watching(TorchDispatchMode):
             return func(*args, **kwargs)
         before = torch_states()
         result = func(*args, **kwargs)
-        if not _equal(before, torch_states()):
+        if have_drawn(before):
             self.drawn(result, before)
         return result
 
@@ -62,7 +62,7 @@ class Recorder(_Watching):
 
     def drawn(self, result: Any, before: list[Tensor]) -> None:
         """Keep the unit's part of ``result``, ``(n, ...)``, and note whether somebody has set the state before."""
-        self._is_seeded |= not _equal(before, self._state)
+        self._is_seeded |= not all(map(torch.equal, before, self._state))
         self._state = torch_states()
         has_units = isinstance(result, Tensor) and result.dim() > 0 and len(result) == self._n
         self._numbers.append(result[self._unit].clone() if has_units else None)
@@ -102,7 +102,3 @@ class Replayer(_Watching):
     def has_fitted(self) -> bool:
         """Whether all that was recorded was drawn, and no more."""
         return self._fits and self._next == len(self._numbers)
-
-
-def _equal(states: list[Tensor], others: list[Tensor]) -> bool:
-    return all(map(torch.equal, states, others))

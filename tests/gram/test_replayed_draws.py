@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gradconf.batches.units import split
+from lightning_gradconf.gram.ghost import unit_losses
 from lightning_gradconf.gram.loop import unit_gradients
 from lightning_gradconf.gram.objective import objective
 from lightning_gradconf.gram.plain_autograd import disagreement
@@ -169,3 +170,66 @@ def test_a_loss_that_begins_to_set_its_seed_is_noticed_at_once() -> None:
     got, _ = measure(module, lambda module, x: module(x), x)
     for name, gram in got.items():
         torch.testing.assert_close(gram, rows[name] @ rows[name].T, rtol=1e-5, atol=1e-6)
+
+
+class Attention(nn.Module):
+    """Attention has other nodes where each operation is watched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x, x, x, need_weights=False)[0]).square().mean()
+
+
+@pytest.mark.parametrize(("noise", "passes"), [(False, [1] * 5), (True, [1, 1, 1, 2, 1])])
+def test_a_loss_is_watched_only_where_it_draws(noise: bool, passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a measurement takes one forward pass, but for the one at which the loss begins to draw."""
+    torch.manual_seed(0)
+    module, x, begins = Attention(), torch.randn(N, 5, 8), False
+    forward, found = unit_losses.forward, list[int]()
+
+    def loss_fn(module: nn.Module, x: Tensor) -> Tensor:
+        return module(x + torch.randn_like(x) if begins else x)
+
+    def counted(*args: Any) -> Any:
+        found[-1] += 1
+        return forward(*args)
+
+    monkeypatch.setattr("lightning_gradconf.gram.ghost.engine.forward", counted)
+    for measurement in range(5):
+        begins = noise and measurement > 2
+        found.append(0)
+        _, engine = measure(module, loss_fn, x)
+        assert engine == "ghost"
+    assert found == passes
+
+
+def test_noise_of_a_state_that_is_put_back_is_noticed() -> None:
+    """Each unit alone draws the numbers of the seed, and torch.func would give each unit others."""
+
+    def seeded(h: Tensor) -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            return h + torch.randn_like(h)
+
+    torch.manual_seed(0)
+    module, x = Noisy(seeded), torch.randn(N, 4)
+    rows = unit_gradients(objective(module, lambda module, x: module(x)), split(x, 1))
+    for _ in range(3):
+        got, engine = measure(module, lambda module, x: module(x), x)
+        assert engine == "loop"
+        for name, gram in got.items():
+            torch.testing.assert_close(gram, rows[name] @ rows[name].T, rtol=1e-5, atol=1e-6)
+
+
+def test_noise_of_a_state_that_is_put_back_is_recorded() -> None:
+    def forked(h: Tensor) -> Tensor:
+        with torch.random.fork_rng():
+            return h + torch.randn_like(h)
+
+    torch.manual_seed(0)
+    module, x = Noisy(lambda h: Wrong.apply(forked(h))), torch.randn(N, 4)
+    with pytest.raises(RuntimeError, match="a unit by itself has another gradient"):
+        measure(module, lambda module, x: module(x), x, engine="ghost")

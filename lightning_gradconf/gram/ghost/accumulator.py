@@ -75,7 +75,7 @@ class Accumulator:
         self.factors: dict[str, list[GradientFactors]] = {}
         self.missing: dict[str, str] = {}
         self.surprises = False
-        self._scratch: dict[str, Any] = {}  # what the rules left of the last node
+        self._scratch: dict[Any, Any] = {}  # what the rules left of the last node
         self._graph = graph
         self._parameters, self._n, self._places, self._workspace = parameters, n, places, workspace
         self._keeps, self._proof, self._budget = keep, proof, budget
@@ -159,6 +159,7 @@ class Accumulator:
 
     def _add(self, uses: Sequence[tuple[int, Use]], delta: Tensor, deltas: Sequence[Tensor | None]) -> None:
         self._scratch = {}
+        operands = {use.slot: graphs.shape(use.source) for _, use in uses}
         for index, use in uses:
             names = use.free.parameters
             if names <= self.missing.keys():
@@ -167,12 +168,13 @@ class Accumulator:
                 self._n,
                 self._places.guesses.get(index, 0),
                 deltas=deltas,
+                operands=operands,
                 scratch=self._scratch,
                 compares=self._proof is not None or index in self._places.unproved,
                 budget=self._budget,
             )
             try:
-                part = factors_of(use.node, use.slot, delta, graphs.shape(use.source), placement)
+                part = factors_of(use.node, use.slot, delta, operands[use.slot], placement)
             except NotImplementedError as error:
                 self.missing |= {name: f"{use.node.name()}: {error}" for name in names}
                 continue
@@ -236,6 +238,8 @@ class Accumulator:
             self.factors[name] = parts
         else:
             self.grams[name] = gram_of_sum(parts, self._workspace)
+            if self._proof is not None:
+                self._proof.compare_gram(name, self.grams[name])
 
     def _pull(self) -> None:
         """Take the unit gradients of free tensors back to the parameters that they are made of."""

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_gradconf.gram.ghost.functorch import batched, below_vmap, in_front, is_batched
 from lightning_gradconf.gram.ghost.unit_numbers import UnitNumber, in_a_pass
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
-from lightning_gradconf.gram.process_state import torch_states
+from lightning_gradconf.gram.process_state import have_drawn, torch_states
 
 _UNIT = "unit of lightning_gradconf"
 # What runs around a checkpoint without reentry, by the name that a release of torch has for it.
@@ -133,7 +133,7 @@ def _once(function: Callable[[], Any]) -> Any:
     with _outside():
         before = torch_states()
         result = function()
-        if not all(map(torch.equal, before, torch_states())):
+        if have_drawn(before):
             raise NotImplementedError("a custom autograd Function of parameters alone draws random numbers")
     return result
 

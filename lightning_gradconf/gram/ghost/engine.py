@@ -35,7 +35,7 @@ from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.module_state import rewinder
 from lightning_gradconf.gram.objective import Objective, run_backward, take_attributes
 from lightning_gradconf.gram.plain_autograd import disagreement, in_words
-from lightning_gradconf.gram.process_state import random_states
+from lightning_gradconf.gram.process_state import full_float32, have_drawn, random_states, rounds_float32, torch_states
 
 log = logging.getLogger("lightning_gradconf")
 Factors = dict[str, list[GradientFactors]]
@@ -114,6 +114,7 @@ def _measured(
     findings.measurements += 1
     proves = findings.measurements & (findings.measurements - 1) == 0  # 1, 2, 4, 8, ...
     findings.workspace.tries = not proves  # a proof takes long enough
+    findings.workspace.rounding = objective.device if rounds_float32(objective.device) else None
     if proves:
         findings.generators = shared_draws.generators_of(objective.module)
     leaves = {name: findings.copy(name, p).requires_grad_() for name, p in objective.parameters.items()}
@@ -135,15 +136,19 @@ def _measured(
             yield _Group(indices, {}, {name: [Dense(row)] for name, row in rows.items()})
             continue
         measurement = _Measurement(objective, leaves, some, mode, findings, budget, keep or passes > 1, rewind)
-        if new := (shapes := shapes_of(some[0])) not in findings.shapes:
+        if (shapes := shapes_of(some[0])) not in findings.shapes:
             if len(findings.shapes) >= _REMEMBERED:
                 findings.shapes.clear()
             findings.shapes.add(shapes)
+            before = torch_states()
             with mode:
                 objective.fill_caches(leaves, copy_of(some[0]))
+            findings.draws |= have_drawn(before)
             rewind()
         try:
-            first = measurement.forward(records=proves or new or findings.draws)
+            found = measurement.accumulated(measurement.forward(), proves)
+            if found.surprises:  # a use that was never proved
+                found = measurement.accumulated(measurement.forward(), proves=True)
         except UnitsDiffer as differ:
             ways: dict[Hashable, list[int]] = defaultdict(list)
             for i, value in zip(indices, differ.values, strict=True):
@@ -151,11 +156,8 @@ def _measured(
             waiting += ways.values()
             passes += len(ways) - 1
             continue
-        found = measurement.accumulated(first, proves)
-        if found.surprises:  # a use that was never proved
-            found = measurement.accumulated(measurement.forward(records=True), proves=True)
         yield _Group(indices, found.grams, found.factors)
-        del first, found  # and the graph with them
+        del found  # and the graph with it
 
 
 @dataclass
@@ -177,18 +179,28 @@ class _Measurement:
         """The unit that is computed alone too."""
         return Random(self.findings.measurements).randrange(len(self.units))
 
-    def forward(self, *, records: bool) -> Forward:
+    def forward(self) -> Forward:
+        """Return the losses of the units, with the random numbers of one of them if they draw any.
+
+        A pass that is recorded has other nodes, and takes longer. So only a loss that draws is.
+        """
+        found = self._forward(records=self.findings.draws)
+        if found.draws and found.numbers is None:  # it has begun to
+            del found  # with its graph
+            found = self._forward(records=True)
+        self.findings.draws = found.draws
+        return found
+
+    def _forward(self, *, records: bool) -> Forward:
         """Return the losses of the units, from the module's state and the random state before the first such pass."""
         for restore, state in self._drawn:
             restore(state)
         recorded = self.compared if records else None
         try:
             with shared_draws.refused(self.findings.generators):
-                found = forward(self.objective, self.leaves, self.units, self.mode, self.findings.writes, recorded)
+                return forward(self.objective, self.leaves, self.units, self.mode, self.findings.writes, recorded)
         finally:
             self.rewind()
-        self.findings.draws = bool(found.numbers)
-        return found
 
     def accumulated(self, forward: Forward, proves: bool) -> Accumulator:
         """Return what a backward pass from the losses brings, proved if that is due."""
@@ -197,9 +209,11 @@ class _Measurement:
         signature = (n, forward.reads, graphs.signature(graph))
         places = self.findings.graphs.get(signature)
         if places is None or proves:
-            if forward.numbers is None:
-                forward = self.forward(records=True)
-            return self._proved(forward, signature, places or Places())
+            if self.findings.workspace.rounding is None:
+                return self._proved(forward, signature, places or Places())
+            del forward  # with its graph
+            with full_float32(self.objective.device):  # in TF32 it would prove little
+                return self._proved(self.forward(), signature, places or Places())
         if places.free:
             graph = self._read(forward, places.free)
         found = self._accumulator(graph, places, None)
@@ -228,7 +242,7 @@ class _Measurement:
             search(forward.losses, graph, random_weights(forward.losses, self.findings.measurements), (), places)
         found, proof, failed = self._tried(forward, graph, places, keep_graph=False)
         if failed or found.missing:  # hardly ever, so the graph was not kept for it
-            forward = self.forward(records=True)
+            forward = self.forward()
             graph = self._read(forward, places.free)
             for attempt in range(_ATTEMPTS):
                 lost = failed.keys() | found.missing.keys()
@@ -243,7 +257,11 @@ class _Measurement:
         with self.mode:
             unit, numbers = self.units[proof.unit], forward.numbers or ()
             errors = disagreement(self.objective, unit, row, proof.precision, numbers)
-        self._refuse(errors, "a unit by itself has another gradient")
+        if errors is None and forward.numbers is None:  # it draws and puts the state back, as in `fork_rng`
+            forward = self._forward(records=True)
+            self.findings.draws = forward.draws
+            return self._proved(forward, signature, Places())
+        self._refuse(errors or {}, "a unit by itself has another gradient")
         places.unproved = proof.unproved
         if all(size < float("inf") for _, size in proof.errors.values()):
             if len(self.findings.graphs) >= _REMEMBERED:

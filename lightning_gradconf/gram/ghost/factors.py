@@ -8,6 +8,7 @@ The gradient of a unit, read as a matrix, has ``major`` rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -27,6 +28,7 @@ from lightning_gradconf.gram.ghost.contraction import (
     triangle,
 )  # fmt: skip
 from lightning_gradconf.gram.ghost.convolution import ConvolutionFactors
+from lightning_gradconf.gram.process_state import full_float32
 
 
 @dataclass
@@ -267,6 +269,11 @@ def materialize(*parts: GradientFactors) -> Tensor:
 
 def gram_of_sum(parts: Sequence[GradientFactors], workspace: Workspace) -> Tensor:
     """Return the Gram ``(n, n)`` of gradients that are sums over several uses of a parameter."""
+    with nullcontext() if workspace.rounding is None else full_float32(workspace.rounding):
+        return _gram_of_sum(parts, workspace)
+
+
+def _gram_of_sum(parts: Sequence[GradientFactors], workspace: Workspace) -> Tensor:
     if len(parts) == 1:
         return parts[0].gram(workspace)
     rows = [part for part in parts if isinstance(part, OuterProducts)]

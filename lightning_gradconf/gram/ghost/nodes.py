@@ -6,8 +6,10 @@ PyTorch documents ``_saved_*`` in its notes on autograd, but promises none of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
+from threading import Thread
 from typing import Any
 
 import torch
@@ -67,6 +69,37 @@ def variable(node: Node) -> Tensor | None:
         return None
     leaf: Tensor = _attribute(node, "variable")
     return leaf
+
+
+def called_alone(
+    node: Node, calls: Iterable[Sequence[Tensor | None]], slots: Iterable[int], device: torch.device
+) -> dict[int, list[Tensor | None]]:
+    """Return what a node makes of gradients of its results, for some of its operands and each of several calls.
+
+    To ask autograd for the gradient of an operand would add what reaches it through the node's other operands, as in
+    gradients of gradients. Within a backward pass, a node that is called computes only what this pass needs. So it is
+    called in a thread, which is in no pass.
+    """
+    found: dict[int, list[Tensor | None]] = {slot: [] for slot in slots}
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    errors: list[Exception] = []
+
+    def call() -> None:
+        try:
+            with torch.no_grad(), nullcontext() if stream is None else torch.cuda.stream(stream):
+                for deltas in calls:
+                    results = node(*deltas)  # type: ignore[operator]
+                    for slot, of_calls in found.items():
+                        of_calls.append(results[slot] if isinstance(results, tuple) else results)
+        except Exception as error:
+            errors.append(error)
+
+    thread = Thread(target=call)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return found
 
 
 def _attribute(node: Node, name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ class Placement:
         told_apart: Whether what is not zero in the tensors lies in different units for different guesses. If it does
             not, all guesses give the same gradients.
         deltas: The gradients of all results of the node, for nodes with several.
+        operands: The shapes of the operands that are used, by their slot.
         scratch: What the operands of the node have in common.
         compares: Find out ``told_apart``.
         budget: Bytes that gradients may fill, where they have to be formed; None is without bound.
@@ -41,7 +42,8 @@ class Placement:
     guesses: int = 1
     told_apart: bool = True
     deltas: Sequence[Tensor | None] = ()
-    scratch: dict[str, Any] = field(default_factory=dict)
+    operands: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    scratch: dict[Any, Any] = field(default_factory=dict)
     compares: bool = False
     budget: int | None = None
 
@@ -64,12 +66,11 @@ class Placement:
         return Dense(x.movedim(sum(d not in summed for d in range(axis + 1)), 0).reshape(self.n, -1))
 
     def parts(self, x: Tensor) -> Iterator[Tensor]:
-        """Yield for each unit ``x`` with zeros in the place of all others."""
+        """Return for each unit ``x`` with zeros in the place of all others."""
         place = self._choose(x, range(x.dim()))
         unit = self._unit_of(torch.arange(x.shape[place.axis], device=x.device), x.shape[place.axis], place)
         unit = unit.view(-1, *[1] * (x.dim() - place.axis - 1))
-        for i in range(self.n):
-            yield x.where(unit == i, 0)
+        return (x.where(unit == i, 0) for i in range(self.n))
 
     def _outer(self, size: int) -> list[int]:
         """Return how often the units may be repeated along a dimension, the likely first."""

@@ -18,7 +18,7 @@ from lightning_gradconf.gram.ghost import lstm
 from lightning_gradconf.gram.ghost.convolution import ConvolutionFactors
 from lightning_gradconf.gram.ghost.custom_functions import unit_of
 from lightning_gradconf.gram.ghost.factors import Dense, GradientFactors, IndexedRows, OuterProducts
-from lightning_gradconf.gram.ghost.nodes import saved
+from lightning_gradconf.gram.ghost.nodes import called_alone, saved
 from lightning_gradconf.gram.ghost.placement import Placement
 from lightning_gradconf.gram.memory_budget import megabytes
 from lightning_gradconf.gram.objective import accumulation_dtype, as_rows, upcast
@@ -43,26 +43,31 @@ def factors_of(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], at:
 
 def _by_backward(node: Node, slot: int, shape: tuple[int, ...], at: Placement) -> Dense:
     """Differentiate the node alone, once for each unit's part of the deltas."""
-    outputs = [(GradientEdge(node, i), delta) for i, delta in enumerate(at.deltas) if delta is not None]
-    source, number = node.next_functions[slot]
-    assert source is not None
-    needed = at.n * math.prod(shape) * accumulation_dtype(outputs[0][1]).itemsize
+    deltas = [delta for delta in at.deltas if delta is not None]
+    shapes = at.operands or {slot: shape}
+    needed = at.n * sum(map(math.prod, shapes.values())) * accumulation_dtype(deltas[0]).itemsize
     if at.budget is not None and needed > at.budget:
         raise NotImplementedError(
             f"gradients of {megabytes(needed)} have to be formed, which exceeds the memory budget"
         )
-    unit = unit_of(node)
-    deltas = [delta for _, delta in outputs]
-    rows = []
-    for parts in zip(*map(at.parts, deltas), strict=True) if unit is None else [deltas]:
+    if (unit := unit_of(node)) is not None:
+        child, number = node.next_functions[slot]
+        assert child is not None
+        edges = [GradientEdge(node, i) for i, delta in enumerate(at.deltas) if delta is not None]
         (gradient,) = torch.autograd.grad(
-            [edge for edge, _ in outputs], [GradientEdge(source, number)], parts, retain_graph=True, allow_unused=True
+            edges, [GradientEdge(child, number)], deltas, retain_graph=True, allow_unused=True
         )
         if gradient is None:
             raise NotImplementedError(f"{node.name()} has no gradient for one of its operands")
-        rows.append(as_rows(gradient, 1))
-    gradients = torch.cat(rows)
-    return Dense(gradients if unit is None else F.pad(gradients, (0, 0, unit, at.n - 1 - unit)))
+        return Dense(F.pad(as_rows(gradient, 1), (0, 0, unit, at.n - 1 - unit)))
+    parts = zip(*([None] * at.n if delta is None else at.parts(delta) for delta in at.deltas), strict=True)
+    if (known := ("gradients", at.guess)) not in at.scratch:  # one call has the gradients of all operands
+        at.scratch[known] = called_alone(node, parts, shapes.keys(), deltas[0].device)
+    zeros = deltas[0].new_zeros(shape)
+    gradients = [zeros if gradient is None else gradient for gradient in at.scratch[known].pop(slot)]
+    # Autograd sums after the node what was broadcast.
+    summed = [gradient if gradient.shape == shape else gradient.sum_to_size(shape) for gradient in gradients]
+    return Dense(torch.cat([as_rows(gradient, 1) for gradient in summed]))
 
 
 def _outer_products(left: Tensor, right: Tensor, at: Placement, factor: float = 1.0) -> OuterProducts:

@@ -23,7 +23,7 @@ from lightning_gradconf.gram.ghost.functorch import batched, check_available
 from lightning_gradconf.gram.ghost.unit_mode import Line, UnitMode, memory_of
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.objective import Objective
-from lightning_gradconf.gram.process_state import without_fast_path, without_warnings
+from lightning_gradconf.gram.process_state import have_drawn, torch_states, without_fast_path, without_warnings
 from lightning_gradconf.gram.replayed_draws import Recorder
 
 Tensors = Mapping[str, Tensor]
@@ -39,12 +39,14 @@ class Forward:
         losses: Of each unit, ``(n,)``, with a graph.
         reads: What Python read on the way, the same for all these units.
         nodes: Of the graph, whether the result of a node has units, where that is known.
+        draws: Whether random numbers were drawn, as far as the states of the generators or what was recorded tell.
         numbers: The random numbers of the unit that was recorded; None if none was.
     """
 
     losses: Tensor
     reads: tuple[Hashable, ...]
     nodes: Mapping[Node, bool]
+    draws: bool
     numbers: list[Tensor | None] | None
 
 
@@ -140,7 +142,7 @@ def _forward(
         return objective.at({**leaves, **constants}, unit, lambda loss: loss)
 
     quiet: AbstractContextManager[None] = without_warnings("There is a performance drop because")
-    recorder = None if recorded is None else Recorder(recorded, n)
+    recorder, before = None if recorded is None else Recorder(recorded, n), torch_states()
     try:
         with vmappable(n), quiet, without_fast_path(), recorder or nullcontext(), unit_mode:
             losses = vmap(loss, randomness="different")(*tensors)
@@ -156,4 +158,4 @@ def _forward(
         if unit_mode.differ is not None:  # also where the user's code has caught it, or made another error of it
             raise unit_mode.differ
     numbers = None if recorder is None else recorder.checked()
-    return Forward(losses, tuple(unit_mode.reads), unit_mode.nodes, numbers)
+    return Forward(losses, tuple(unit_mode.reads), unit_mode.nodes, bool(numbers) or have_drawn(before), numbers)

@@ -138,10 +138,11 @@ def _any_batched(values: Any) -> bool:
 
 
 def memory_of(tensor: Tensor) -> int | None:
-    """Return where the values of a tensor that units share begin in memory, None if that cannot be told."""
-    if is_batched(tensor) or tensor.layout is not torch.strided:
+    """Return where the values of a tensor that units share begin in memory, None if it has none of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except NotImplementedError:  # it is batched, sparse, or within another transform of torch.func
         return None
-    return tensor.untyped_storage().data_ptr()
 
 
 def _line_of_user() -> Line:

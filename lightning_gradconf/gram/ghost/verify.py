@@ -25,6 +25,8 @@ from lightning_gradconf.gram.objective import as_rows
 _OWN, _LARGEST = 500, 20
 # The same for types of half precision, which round each entry of a sum of their own.
 _OWN_HALF, _LARGEST_HALF = 16, 1
+# Rounding errors of inner products, relative to the squared sum of the norms of the units' gradients.
+_CONTRACTED = 200
 # By how much more than two of PyTorch's own passes they may differ, and the scale of the second: no power of two.
 _NOISE = 8
 SCALE = 1.37
@@ -45,6 +47,8 @@ class Proof:
         leaves: The leaves of each parameter in the graph.
         unproved: Uses that had no gradient, or one that fits several places.
         errors: For each parameter the norm of the difference, and the larger norm of the two sides.
+        sizes: For each parameter the norm of the weighted sum of gradients as the factors have it, and the sum of the
+            norms of its parts, of which little may be left.
     """
 
     weights: Tensor
@@ -55,6 +59,7 @@ class Proof:
     leaves: dict[str, Sequence[Tensor]] = field(default_factory=dict)
     unproved: set[int] = field(default_factory=set)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    sizes: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def compare(
         self, name: str, leaves: Sequence[Tensor], parts: Sequence[GradientFactors], source: GradientEdge | None
@@ -69,8 +74,10 @@ class Proof:
         """
         leaf = leaves[0]
         weights = self.weights.to(as_rows(leaf[None], 1).dtype)
-        first, *others = (part.weighted(weights) for part in parts)
+        first, *others = [part.weighted(weights) for part in parts]
+        of_parts = sum(float(part.norm()) for part in (first, *others))
         got = sum(others, first)
+        self.sizes[name] = float(got.norm()), of_parts
         row = materialize(*(of_units(part, torch.tensor([self.unit])) for part in parts))[0]
         if source is not None:
             got, row = (_pulled(gradient, source, leaf) for gradient in (got, row))
@@ -82,6 +89,18 @@ class Proof:
         size = max(float(got.norm()), float(want.norm()))
         got -= want  # in place, as fresh memory costs more than the arithmetic
         self.errors[name] = float(got.norm()), size
+
+    def compare_gram(self, name: str, gram: Tensor) -> None:
+        """Compare the Gram of a parameter with the factors that it was contracted from: r^T K r is |sum_i r_i g_i|^2.
+
+        Raises:
+            ArithmeticError: It is not, so the contraction is wrong.
+        """
+        weights, norms = self.weights.to(gram.dtype), gram.diagonal().clamp_min(0).sqrt()
+        size, of_parts = self.sizes[name]
+        error = abs(float(weights @ gram @ weights) - size**2)
+        if error > _CONTRACTED * torch.finfo(gram.dtype).eps * max(float(weights @ norms), of_parts) ** 2:
+            raise ArithmeticError(f"the inner products of {name!r} are not those of its gradients")
 
     def failures(self, again: Sequence[Mapping[int, Tensor | None]] = ()) -> dict[str, float]:
         """Return the parameters that failed, each with its relative error.

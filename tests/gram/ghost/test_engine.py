@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_gradconf.batches.units import split
 from lightning_gradconf.gram.findings import findings_of
-from lightning_gradconf.gram.ghost import custom_functions, engine, functorch, nodes, placement, rules
+from lightning_gradconf.gram.ghost import custom_functions, engine, factors, functorch, nodes, placement, rules
 from lightning_gradconf.gram.ghost.factors import OuterProducts, gram_of_sum
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.objective import objective
@@ -56,12 +56,23 @@ def wrong_factor(node: Any, slot: int, delta: Tensor, shape: Any, at: Any) -> An
     return OuterProducts(part.left, part.right * 1.01) if isinstance(part, OuterProducts) else part
 
 
+def test_a_contraction_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof compares the factors; that the inner products are theirs is compared too."""
+    module, batch = nn.Linear(3, 2), torch.randn(4, 3)
+    right = measure(module, mean_square, batch, "loop")
+    monkeypatch.setattr("lightning_gradconf.gram.ghost.factors._gram_of_sum", lambda *args: 1.01 * GRAM_OF_SUM(*args))
+    with pytest.raises(ArithmeticError, match="are not those of its gradients"):
+        measure(module, mean_square, batch)
+    assert error(measure(module, mean_square, batch, "auto"), right) < 1e-5
+
+
 def wrong_order(node: Any, slot: int, delta: Tensor, shape: Any, at: Any) -> Any:
     part = RIGHT(node, slot, delta, shape, at)
     return OuterProducts(part.left.roll(1, 1), part.right.roll(1, 1)) if isinstance(part, OuterProducts) else part
 
 
 RIGHT = rules.RULES["AddmmBackward0"]
+GRAM_OF_SUM = factors._gram_of_sum
 
 
 @pytest.mark.parametrize("wrong", [wrong_factor, wrong_order])

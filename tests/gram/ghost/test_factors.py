@@ -166,7 +166,9 @@ class Clock:
         self.now, self.ran = 0.0, list[str]()
         monkeypatch.setattr(contraction.time, "perf_counter", lambda: self.now)
 
-    def form(self, name: str, *attempts: list[float]) -> tuple[float, Callable[[], contraction.Form]]:
+    def form(
+        self, name: str, *attempts: list[float], result: float = 1.0
+    ) -> tuple[float, Callable[[], contraction.Form]]:
         left = list(attempts)
 
         def parts() -> contraction.Form:
@@ -175,13 +177,16 @@ class Clock:
                 self.now += seconds
                 self.ran.append(name)
                 yield (i + 1) / len(times)
-            return torch.full((2, 2), float(len(times)))
+            return torch.full((2, 2), result)
 
         return 1e9, parts
 
 
 def test_each_measurement_tries_one_form_more(monkeypatch):
-    """A form is completed once it is begun if its second part, in memory that is not new, promises to be faster."""
+    """A form is completed once it is begun if its second part, in memory that is not new, promises to be faster.
+
+    Then it is compared with the form that was used before.
+    """
     clock, workspace = Clock(monkeypatch), Workspace()
     forms = {
         "usual": clock.form("usual", *[[0.4, 0.2, 0.2]] * 4),
@@ -192,28 +197,35 @@ def test_each_measurement_tries_one_form_more(monkeypatch):
     for tries in (False, False, True, True, True):
         workspace.tries = tries
         del clock.ran[:]
+        contraction.cheapest(workspace, "shape", forms)
+        ran.append(clock.ran[:])
+    usual, fast = ["usual"] * 3, ["fast"] * 4
+    assert ran == [usual, usual, ["slow"] * 2 + usual, fast + usual, fast]
+
+
+def test_a_form_that_is_wrong_is_left(monkeypatch, caplog):
+    clock, workspace = Clock(monkeypatch), Workspace()
+    forms = {
+        "usual": clock.form("usual", *[[0.2, 0.2]] * 4),
+        "wrong": clock.form("wrong", [0.1, 0.1], result=1.01),
+    }
+    for workspace.tries in (False, True, True, True):
         gram = contraction.cheapest(workspace, "shape", forms)
-        ran.append((clock.ran[:], int(gram[0, 0])))
-    usual = ["usual"] * 3
-    assert ran == [
-        (usual, 3),
-        (usual, 3),
-        (["slow"] * 2 + usual, 3),
-        (["fast"] * 4, 4),
-        (["fast"] * 4, 4),
-    ]
+        assert float(gram[0, 0]) == 1
+    (record,) = caplog.records
+    assert "'wrong' of a contraction is wrong" in record.getMessage()
 
 
 def test_a_form_of_one_part_is_begun_again_if_it_may_have_been_slow_as_it_was_new(monkeypatch):
     clock, workspace = Clock(monkeypatch), Workspace()
     forms = {
-        "usual": clock.form("usual", [0.004], [0.004]),
+        "usual": clock.form("usual", [0.004], [0.004], [0.004]),
         "slow": clock.form("slow", [0.5]),
         "new": clock.form("new", [0.012], [0.001], [0.001]),
     }
     for workspace.tries in (False, True, True, True):
         contraction.cheapest(workspace, "shape", forms)
-    assert clock.ran == ["usual", "slow", "usual", "new", "new", "new"]
+    assert clock.ran == ["usual", "slow", "usual", "new", "new", "usual", "new"]
 
 
 def test_what_has_many_more_operations_or_is_small_is_not_tried(monkeypatch):

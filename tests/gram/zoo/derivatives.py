@@ -84,9 +84,8 @@ def custom_function_by_another_name() -> Any:
     return Model(lambda self, x: cube(self.layer(x)), layer=nn.Linear(4, 3)), mean_square, inputs(4)
 
 
-@case
-def gradient_penalty() -> Any:
-    """As in WGAN-GP: the norm of the gradient with respect to inputs between two."""
+def penalised(inner: nn.Module) -> Any:
+    """Return a critic as in WGAN-GP: the norm of the gradient with respect to inputs between two."""
 
     def loss(module: Any, batch: Any) -> Tensor:
         x, fake = batch
@@ -98,7 +97,35 @@ def gradient_penalty() -> Any:
         penalty = ((g.view(len(g), -1).norm(2, dim=1) - 1) ** 2).mean()
         return module(fake).mean() - module(x).mean() + 10 * penalty
 
-    return two_layers(out=1), loss, four(lambda: (normal(4), normal(4)))
+    return two_layers(inner, out=1), loss, four(lambda: (normal(4), normal(4)))
+
+
+@case
+def gradient_penalty() -> Any:
+    return penalised(nn.Tanh())
+
+
+@case
+def gradient_penalty_through_a_layer_norm() -> Any:
+    """The weight of the norm is used in the gradient too, by a node whose other operands lead to the weight."""
+    return penalised(nn.Sequential(nn.LayerNorm(5), nn.SiLU()))
+
+
+@case
+def gradient_penalty_through_a_batch_norm() -> Any:
+    return penalised(nn.Sequential(nn.BatchNorm1d(5), nn.SiLU()))
+
+
+@case
+def gradient_penalty_through_running_statistics() -> Any:
+    return penalised(nn.Sequential(nn.BatchNorm1d(5), nn.SiLU()).eval())
+
+
+@case
+def gradient_penalty_through_convolutions() -> Any:
+    norm = nn.InstanceNorm1d(2, affine=True)
+    inner = nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 2, 3, padding=1), norm, nn.PReLU())
+    return penalised(nn.Sequential(*inner, nn.Conv1d(2, 1, 3, padding=1), nn.Flatten()))
 
 
 @case
@@ -137,6 +164,17 @@ def derivatives_by_torch_func() -> Any:
     def loss(module: Any, batch: Any) -> Tensor:
         jacobians = torch.func.vmap(torch.func.jacrev(module.layers))(batch)
         return jacobians.square().sum((1, 2)).mean()
+
+    return Model(lambda self: None, layers=two_layers()), loss, inputs(4)
+
+
+@case
+def hessians_by_torch_func() -> Any:
+    """A Laplacian, as in PINNs: torch.func makes tensors within the loss."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        hessians = torch.func.vmap(torch.func.jacrev(torch.func.jacrev(lambda x: module.layers(x).sum())))(batch)
+        return hessians.diagonal(dim1=1, dim2=2).sum(1).square().mean()
 
     return Model(lambda self: None, layers=two_layers()), loss, inputs(4)
 
