@@ -19,8 +19,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only
 
 from lightning_gradconf.gram.metric_answers import METRICS
 from lightning_gradconf.gram.process_state import random_states, torch_states
+from lightning_gradconf.gram.python_draws import states_of_python
 from lightning_gradconf.gram.restoring import restore_mapping
-from lightning_gradconf.gram.shared_draws import states_of_python
 
 # Whether a layer adds noise in training mode alone.
 _ADDS_NOISE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()

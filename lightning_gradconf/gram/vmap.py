@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from lightning_gradconf.batches.units import copy_of, stack
-from lightning_gradconf.gram import shared_draws
+from lightning_gradconf.gram import python_draws
 from lightning_gradconf.gram.ghost import graph as graphs
 from lightning_gradconf.gram.module_state import rewinder
 from lightning_gradconf.gram.objective import Objective, as_rows, take_attributes
@@ -30,7 +30,7 @@ def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, 
     """
     parameters = {name: p.detach().clone() for name, p in objective.parameters.items()}
     own = {id(p): name for name, p in objective.parameters.items()}
-    rewind, generators = rewinder(objective.module), shared_draws.generators_of(objective.module)
+    rewind, generators = rewinder(objective.module), python_draws.generators_of(objective.module)
     is_first = True
 
     def gradients(units: Sequence[Any]) -> dict[str, Tensor]:
@@ -52,7 +52,7 @@ def differentiator(objective: Objective) -> Callable[[Sequence[Any]], dict[str, 
         # Attention on a CPU has no batching rule: torch says so each time, and is right and not much slower.
         recorder = Recorder(0, len(units)) if is_first else None
         quiet = without_warnings("There is a performance drop because")
-        with shared_draws.refused(generators), quiet, without_fast_path(), recorder or nullcontext():
+        with python_draws.without_python_draws(generators), quiet, without_fast_path(), recorder or nullcontext():
             found, losses = per_unit(parameters, *tensors)
         rewind()
         if taken := [own[id(leaf)] for leaf in graphs.leaves(losses.grad_fn) if id(leaf) in own]:

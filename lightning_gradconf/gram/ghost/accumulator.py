@@ -209,7 +209,7 @@ class Accumulator:
             self._complete(name)
 
     def _keep_multiples(self, use: Use, coefficients: Tensor) -> None:
-        """Put multiples of the gradient of one number to what the parameters behind it have already."""
+        """Add the multiples of a scalar's gradient, such as that of a weight penalty, to the parameters behind it."""
         leaves = [(name, leaf) for name in use.free.parameters for leaf in self._leaves[name]]
         # The real and the imaginary part of a complex number are two numbers.
         seeds = _as_seed(torch.eye(coefficients.shape[1], device=coefficients.device), use.source)

@@ -1,6 +1,6 @@
 """Rules for losses that differentiate or ask about gradients themselves: they act on the tensors below vmap.
 
-There autograd records. Units do not meet, so a derivative of the sum over units is that of each.
+Autograd records below vmap. Units do not meet, so the derivative of the sum over units holds each unit's own.
 """
 
 from __future__ import annotations

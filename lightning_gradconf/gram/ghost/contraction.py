@@ -66,11 +66,11 @@ def completed(form: Form) -> Tensor:
 
 
 def cheapest(workspace: Workspace, key: Hashable, forms: dict[str, tuple[float, Callable[[], Form]]]) -> Tensor:
-    """Return what all ``forms`` compute: in the one with the fewest operations, and later in the fastest.
+    """Return the Gram that each form computes: at first by the form with the fewest operations, later by the fastest.
 
-    A measurement that tries begins one form more, and completes it if it promises to be faster than all before. So no
-    measurement waits for all of them. A form is compared with the one before it once. Operations are counted to leave
-    out what cannot win.
+    A measurement with ``workspace.tries`` starts one form that was not timed before, and completes it only if it looks
+    faster than all others. So no measurement pays for all forms. The first time, its Gram is compared with that of the
+    form before it. Forms with far more operations are never started.
     """
     seconds = workspace.seconds.setdefault(key, {})
     least = min(cost for cost, _ in forms.values())
@@ -95,9 +95,10 @@ def cheapest(workspace: Workspace, key: Hashable, forms: dict[str, tuple[float, 
 
 
 def _begun(begin: Callable[[], Form], fastest: float) -> tuple[Form, float]:
-    """Return a form of which some parts are done, and how long all of it takes by the last of these.
+    """Start a form; return it with an estimate of its total time, made from the last part that was computed.
 
-    Memory and kernels are slow when they are new, so a second part tells, or a second try if there is none.
+    The first part also pays for new memory and kernels, so the second part is timed. A form of a single part may be
+    started again for this.
     """
     form = begin()
     seconds, share = _part(form, 0.0)

@@ -116,7 +116,7 @@ class ConvolutionFactors:
         return gradient
 
     def _by_taps(self, workspace: Workspace) -> Form:
-        """Contract a few taps of the kernel at a time: what they see of the input, pixel by pixel, times the deltas."""
+        """Form the gradients of a few taps of the kernel at a time, and add up their inner products."""
         out, channels, *kernel = self.weight.shape
         edges = [edge for padding in reversed(self.padding) for edge in (padding, padding)]
         x = torch.unflatten(F.pad(self.input.movedim(1, -1), [0, 0, *edges]), 0, (self.n, -1))

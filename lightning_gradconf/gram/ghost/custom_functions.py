@@ -1,6 +1,6 @@
-"""Custom autograd Functions and activation checkpoints in a vmapped forward pass.
+"""Custom autograd Functions in a vmapped forward pass.
 
-Neither passes through a TorchFunctionMode, so parts of PyTorch are replaced while a pass runs, for its thread alone.
+They do not pass through a TorchFunctionMode, so ``Function.apply`` is replaced while a pass runs, for its thread alone.
 """
 
 from __future__ import annotations
@@ -9,26 +9,24 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any
 
 import torch
-import torch.utils.checkpoint as checkpoints
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.overrides import _get_current_function_mode, _pop_mode_temporarily
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointFunction
 
+from lightning_gradconf.gram.ghost.checkpoints import without_checkpoints
 from lightning_gradconf.gram.ghost.functorch import batched, below_vmap, in_front, is_batched
 from lightning_gradconf.gram.ghost.unit_numbers import UnitNumber, in_a_pass
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.process_state import have_drawn, torch_states
 
 _UNIT = "unit of lightning_gradconf"
-# What runs around a checkpoint without reentry, by the name that a release of torch has for it.
-_GENERATORS = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
 _APPLY = Function.__dict__["apply"]
 # Before torch 2.15 it is written in Python.
 _IN_PYTHON: Any = getattr(_APPLY, "__func__", None)
@@ -47,18 +45,14 @@ def unit_of(node: Node) -> int | None:
 
 
 @contextmanager
-def vmappable(n: int) -> Iterator[None]:
-    """Let custom Functions without a vmap rule run unit by unit, and checkpoints as if they were none.
-
-    A checkpoint would compute its activations again in the backward pass, after vmap has ended.
-    """
+def unit_by_unit(n: int) -> Iterator[None]:
+    """Within this context, custom Functions without a vmap rule run unit by unit, and checkpoints as if not there."""
     thread = threading.get_ident()
-    generators = {name: vars(checkpoints)[name] for name in _GENERATORS if name in vars(checkpoints)}
 
     def apply_by_unit(cls: Any, *args: Any, **kwargs: Any) -> Any:
         apply = _USUAL.__get__(None, cls)
         if threading.get_ident() == thread:
-            if cls is checkpoints.CheckpointFunction:
+            if cls is CheckpointFunction:
                 function, _, *inputs = args
                 return function(*inputs)
             if not ("vmap" in vars(cls) or cls.generate_vmap_rule):
@@ -68,23 +62,16 @@ def vmappable(n: int) -> Iterator[None]:
                     return _once(lambda: apply(*args, **kwargs))
         return apply(*args, **kwargs)
 
-    def nothing_around(generator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return iter([None]) if threading.get_ident() == thread else generator(*args, **kwargs)
-
-    vars(checkpoints).update({name: partial(nothing_around, generator) for name, generator in generators.items()})
-    try:
-        with in_a_pass(), _applied_by(apply_by_unit):
-            yield
-    finally:
-        vars(checkpoints).update(generators)
+    with without_checkpoints(), in_a_pass(), _applied_by(apply_by_unit):
+        yield
 
 
 @contextmanager
 def _applied_by(function: Callable[..., Any]) -> Iterator[None]:
     """Within this context, ``function(cls, *args)`` runs in the place of ``Function.apply``.
 
-    Where that is written in Python, it stays the object that it is and gets another code: user code may have kept it,
-    as in ``relu = MyReLU.apply``.
+    Where ``apply`` is written in Python, only its code object is exchanged. The function object stays the same, because
+    user code may have stored it, as in ``relu = MyReLU.apply``.
     """
     if _IN_PYTHON is None:
         Function.apply = classmethod(function)  # type: ignore[assignment, method-assign]

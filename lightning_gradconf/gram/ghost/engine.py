@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from lightning_gradconf.batches.units import copy_of, shapes_of
-from lightning_gradconf.gram import loop, shared_draws
+from lightning_gradconf.gram import loop, python_draws
 from lightning_gradconf.gram.findings import Findings, Places
 from lightning_gradconf.gram.ghost import graph as graphs
 from lightning_gradconf.gram.ghost.accumulator import Accumulator
 from lightning_gradconf.gram.ghost.agreement import UnitsDiffer
+from lightning_gradconf.gram.ghost.factor_tensors import joined, of_units
 from lightning_gradconf.gram.ghost.factors import Dense, GradientFactors, gram_of_sum
 from lightning_gradconf.gram.ghost.graph import Graph
-from lightning_gradconf.gram.ghost.joining import joined, of_units
 from lightning_gradconf.gram.ghost.nodes import is_checkpointed
 from lightning_gradconf.gram.ghost.search import search
 from lightning_gradconf.gram.ghost.unit_losses import Forward, forward
@@ -116,7 +116,7 @@ def _measured(
     findings.workspace.tries = not proves  # a proof takes long enough
     findings.workspace.rounding = objective.device if rounds_float32(objective.device) else None
     if proves:
-        findings.generators = shared_draws.generators_of(objective.module)
+        findings.generators = python_draws.generators_of(objective.module)
     leaves = {name: findings.copy(name, p).requires_grad_() for name, p in objective.parameters.items()}
     for name, leaf in leaves.items():
         take_attributes(leaf, objective.parameters[name])
@@ -197,7 +197,7 @@ class _Measurement:
             restore(state)
         recorded = self.compared if records else None
         try:
-            with shared_draws.refused(self.findings.generators):
+            with python_draws.without_python_draws(self.findings.generators):
                 return forward(self.objective, self.leaves, self.units, self.mode, self.findings.writes, recorded)
         finally:
             self.rewind()

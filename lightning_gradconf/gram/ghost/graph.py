@@ -112,7 +112,7 @@ def read(
 
 
 def signature(graph: Graph) -> Hashable:
-    """Return what tells graphs apart in which units may lie elsewhere: the names of their nodes, and all shapes."""
+    """Return a key of a graph: the names of its nodes and all shapes. Units lie alike in graphs with equal keys."""
     names = {id(leaf): name for name, leaf in graph.leaves}
     kinds: list[Hashable] = []
     for node in graph.order:
@@ -122,7 +122,7 @@ def signature(graph: Graph) -> Hashable:
 
 
 def is_multiple(use: Use) -> bool:
-    """Return whether units have multiples of one gradient here, as of a penalty on the weights: it has one entry."""
+    """Return whether the operand is a scalar, such as a weight penalty. Then units have multiples of its gradient."""
     return use.free.layout is None and math.prod(shape(use.source)) == 1
 
 

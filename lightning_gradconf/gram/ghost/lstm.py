@@ -1,8 +1,8 @@
-"""The fused LSTM layer of a CPU, one node of the graph for all time steps of one layer in one direction.
+"""The fused LSTM on a CPU: one autograd node for all time steps of one layer in one direction.
 
-It keeps no gates. All that they are made of is known, though, so they are made again, and the recursion of their
-gradients is short. Once it is done, the layer's own backward pass, which is slow and computes gradients of the weights
-whether asked or not, has nothing to add.
+The node does not save the gates, but all from which they can be computed again. From the gates we compute the gradients
+of the layer's inputs ourselves. This takes the place of the layer's own backward pass, which is slow and computes the
+gradients of the weights even if nobody needs them.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ class Placement:
         n: The number of units.
         guess: Which of the possible places is taken: 0 is the outermost, 1 the innermost, then all others.
         guesses: The most places that any tensor had.
-        told_apart: Whether what is not zero in the tensors lies in different units for different guesses. If it does
-            not, all guesses give the same gradients.
+        told_apart: Whether every other guess would assign some non-zero entry to another unit. If not, a wrong guess
+            may give the same gradients, so the choice is not proved.
         deltas: The gradients of all results of the node, for nodes with several.
         operands: The shapes of the operands that are used, by their slot.
         scratch: What the operands of the node have in common.

@@ -1,7 +1,7 @@
-"""Where the units lie, if not in the usual place: read off the deltas of two backward passes.
+"""Find the dimension that holds the units in a node's tensors, where the usual one turns out to be wrong.
 
-Deltas of a pass that starts from random weights r are, entry by entry, r_i times those of a pass that starts from ones,
-where unit i is. A result without units has no such place.
+Two backward passes are compared: one starts from ones, the other from random weights r. In the second, every entry that
+belongs to unit i is r_i times as large. If no dimension shows this pattern, the result does not depend on units.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_gradconf.gram.findings import Places
 from lightning_gradconf.gram.ghost import graph as graphs
+from lightning_gradconf.gram.ghost.factor_tensors import TENSORS
 from lightning_gradconf.gram.ghost.factors import GradientFactors
 from lightning_gradconf.gram.ghost.graph import Graph, Use
-from lightning_gradconf.gram.ghost.joining import TENSORS
 from lightning_gradconf.gram.ghost.nodes import shapes
 from lightning_gradconf.gram.ghost.placement import Placement
 from lightning_gradconf.gram.ghost.rules import factors_of
@@ -25,7 +25,8 @@ from lightning_gradconf.gram.objective import run_backward
 
 _GUESSES = 8
 _TOLERANCE = 1e-3  # of the largest entry
-# Where deltas are less precise, as under autocast: so many of their roundings, if other places are so many times worse.
+# In low precision (autocast), accept a place whose error is at most _ROUNDINGS machine epsilons, provided that every
+# other place has more than _MARGIN times that error.
 _ROUNDINGS, _MARGIN = 16, 4
 
 
@@ -88,7 +89,7 @@ def _guess(use: Use, ones: Sequence[Tensor | None], weighted: Sequence[Tensor | 
 
 
 def _error(part: GradientFactors, other: GradientFactors, weights: Tensor) -> float:
-    """Return by how much ``other`` is not ``part`` with what unit i contributes times its weight, of the largest."""
+    """Return by how much ``other`` differs from ``part`` with unit i scaled by its weight, relative to its maximum."""
     largest, scaled = 0.0, False
     for name, (units, _) in TENSORS[type(part)].items():
         a, b = (getattr(factors, name).movedim(units, 0) for factors in (part, other))

@@ -18,7 +18,7 @@ from torch.func import vmap
 
 from lightning_gradconf.batches.units import stack
 from lightning_gradconf.gram.ghost.batch_reads import part_of_units
-from lightning_gradconf.gram.ghost.custom_functions import vmappable
+from lightning_gradconf.gram.ghost.custom_functions import unit_by_unit
 from lightning_gradconf.gram.ghost.functorch import batched, check_available
 from lightning_gradconf.gram.ghost.unit_mode import Line, UnitMode, memory_of
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
@@ -38,7 +38,7 @@ class Forward:
     Attributes:
         losses: Of each unit, ``(n,)``, with a graph.
         reads: What Python read on the way, the same for all these units.
-        nodes: Of the graph, whether the result of a node has units, where that is known.
+        nodes: Whether the result of a node of the graph has units, where that is known.
         draws: Whether random numbers were drawn, as far as the states of the generators or what was recorded tell.
         numbers: The random numbers of the unit that was recorded; None if none was.
     """
@@ -63,7 +63,7 @@ class SharedWrites:
     constants: set[str] = field(default_factory=set)
 
     def widen(self, written: Tensor | None, made: Sequence[tuple[Line, int | None]], constants: Tensors) -> bool:
-        """Take more tensors to be written to: the one that was, or else all; False if there are no others.
+        """Mark more tensors as written to: the one just written or, if that is no help, all. False if none is left.
 
         Args:
             written: What a call has failed to write to, None if that is not known.
@@ -144,7 +144,7 @@ def _forward(
     quiet: AbstractContextManager[None] = without_warnings("There is a performance drop because")
     recorder, before = None if recorded is None else Recorder(recorded, n), torch_states()
     try:
-        with vmappable(n), quiet, without_fast_path(), recorder or nullcontext(), unit_mode:
+        with unit_by_unit(n), quiet, without_fast_path(), recorder or nullcontext(), unit_mode:
             losses = vmap(loss, randomness="different")(*tensors)
     except RuntimeError as error:
         with torch._C.DisableTorchFunction():

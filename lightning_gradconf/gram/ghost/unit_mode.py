@@ -155,7 +155,7 @@ def _line_of_user() -> Line:
 
 @lru_cache(maxsize=1024)
 def _body_of(func: Callable[..., Any]) -> Callable[..., Any] | None:
-    """Return a function of PyTorch that is written in Python, without its own way to this mode; None for all others."""
+    """Return a copy of a PyTorch function written in Python that skips its own check for modes; None for others."""
     if not isinstance(func, types.FunctionType) or "handle_torch_function" not in func.__code__.co_names:
         return None
     asks = [name for name in func.__code__.co_names if name.startswith("has_torch_function")]

@@ -65,9 +65,10 @@ class UnitNumber:
 
     @property
     def __torch_function__(self) -> Any:
-        """Let PyTorch's functions take the number in the place of a tensor, and `UnitMode` see their calls.
+        """Let PyTorch's functions accept the number in place of a tensor, so that `UnitMode` sees the call.
 
-        It would refuse the number before. Whole numbers have no such thing: they may be sizes, which Python reads.
+        Without this attribute PyTorch rejects the number before the mode is asked. Whole numbers lack it on purpose:
+        they may be sizes, which PyTorch has to read as integers.
         """
         if isinstance(self._values[0], int):
             raise AttributeError("__torch_function__")

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_gradconf.gram.ghost import graph as graphs
+from lightning_gradconf.gram.ghost.factor_tensors import of_units
 from lightning_gradconf.gram.ghost.factors import GradientFactors, materialize
-from lightning_gradconf.gram.ghost.joining import of_units
 from lightning_gradconf.gram.ghost.nodes import dtypes
 from lightning_gradconf.gram.objective import as_rows
 
@@ -27,7 +27,8 @@ _OWN, _LARGEST = 500, 20
 _OWN_HALF, _LARGEST_HALF = 16, 1
 # Rounding errors of inner products, relative to the squared sum of the norms of the units' gradients.
 _CONTRACTED = 200
-# By how much more than two of PyTorch's own passes they may differ, and the scale of the second: no power of two.
+# The tolerance grows by _NOISE times the difference of two of PyTorch's own passes; the weights of the second pass are
+# SCALE times those of the first. SCALE is no power of two: such a factor would leave all roundings as they are.
 _NOISE = 8
 SCALE = 1.37
 
@@ -106,9 +107,9 @@ class Proof:
         """Return the parameters that failed, each with its relative error.
 
         Args:
-            again: PyTorch's own gradients of the weighted losses, and of the losses weighted with `SCALE` times the
-                weights. They differ in more than scale by rounding alone, which says what a parameter's gradient is
-                known to: a layer before a BatchNorm may have one that is rounding itself.
+            again: PyTorch's own gradients of the weighted losses, for the weights r and for `SCALE` times r. Apart from
+                this factor they differ by rounding alone, so their difference is the noise of each gradient. A layer
+                before a BatchNorm may have a gradient that is nothing but noise.
         """
         half = self.precision in (torch.bfloat16, torch.float16)
         own, of_largest = (_OWN_HALF, _LARGEST_HALF) if half else (_OWN, _LARGEST)

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from lightning_gradconf.gram.ghost.contraction import Workspace
+from lightning_gradconf.gram.ghost.factor_tensors import TENSORS, joined, with_rows
 from lightning_gradconf.gram.ghost.factors import Dense, GradientFactors, gram_of_sum, materialize
-from lightning_gradconf.gram.ghost.joining import TENSORS, joined, with_rows
 from lightning_gradconf.gram.ranks.process_group import Ranks
 
 Factors = dict[str, list[GradientFactors]]

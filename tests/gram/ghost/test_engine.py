@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_gradconf.batches.units import split
 from lightning_gradconf.gram.findings import findings_of
-from lightning_gradconf.gram.ghost import custom_functions, engine, factors, functorch, nodes, placement, rules
+from lightning_gradconf.gram.ghost import checkpoints, engine, factors, functorch, nodes, placement, rules
 from lightning_gradconf.gram.ghost.factors import OuterProducts, gram_of_sum
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
 from lightning_gradconf.gram.objective import objective
@@ -369,7 +369,7 @@ def test_an_attribute_that_pytorch_renamed_costs_speed_only(attribute, monkeypat
 @pytest.mark.skipif(torch.__version__ < (2, 7), reason="does not tell which hooks a saved tensor has")
 def test_a_release_that_renames_what_runs_around_checkpoints(monkeypatch):
     """Without its name, a checkpoint would run the module itself again in the backward pass, and count its batches."""
-    monkeypatch.setattr(custom_functions, "_GENERATORS", ())
+    monkeypatch.setattr(checkpoints, "_GENERATORS", ())
     norm = nn.BatchNorm1d(4)
 
     def loss(module, x):

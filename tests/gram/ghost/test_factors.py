@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_gradconf.gram.ghost import contraction, convolution, factors
 from lightning_gradconf.gram.ghost.contraction import Workspace
 from lightning_gradconf.gram.ghost.convolution import ConvolutionFactors
+from lightning_gradconf.gram.ghost.factor_tensors import joined, of_units
 from lightning_gradconf.gram.ghost.factors import (
     Dense,
     GradientFactors,
@@ -22,7 +23,6 @@ from lightning_gradconf.gram.ghost.factors import (
     gram_of_sum,
     materialize,
 )  # fmt: skip
-from lightning_gradconf.gram.ghost.joining import joined, of_units
 
 
 def check_what_all_factors_do(part: GradientFactors, gradients: Tensor) -> None:

@@ -15,8 +15,8 @@ from lightning_gradconf.gram.module_state import reachable
 
 
 @contextmanager
-def refused(generators: Sequence[Any]) -> Iterator[None]:
-    """Check that a loss of many units draws no random number that would have to be each unit's own.
+def without_python_draws(generators: Sequence[Any]) -> Iterator[None]:
+    """Check that a loss of several units draws nothing from Python or NumPy: all units would get the same numbers.
 
     Args:
         generators: Those of the module's own, as of `generators_of`, beside the global ones.
