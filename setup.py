@@ -69,6 +69,7 @@ setup(
         "pytorch-lightning>=2.4,!=2.6.2,!=2.6.3",  # 2.4: the first tested with torch 2.6; 2.6.2, 2.6.3: compromised
         "torchmetrics>=1.0",  # Metric.plot
         "tensorboard>=2.17",  # 2.16 fails with NumPy 2 (np.string_)
+        "numpy",  # whichever torchmetrics and TensorBoard ask for
     ],
     extras_require={
         "plots": PLOTS,

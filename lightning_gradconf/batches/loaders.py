@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch.utils.data import (
     BatchSampler,
@@ -200,10 +201,6 @@ def seed_everything(seed: Sequence[int]) -> None:
     number = random.Random(",".join(map(str, seed))).getrandbits(32)
     random.seed(number)
     torch.manual_seed(number)
-    try:
-        import numpy as np
-    except ImportError:
-        return
     np.random.seed(number)
 
 

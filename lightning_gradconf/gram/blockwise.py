@@ -155,7 +155,7 @@ def repeatable(
         for restore, state in before.setdefault(start, random_states()):
             restore(state)
         rows = gradients(units[start:stop])
-        of_parameters = [torch.linalg.vector_norm(row, dim=1).double().cpu() for row in rows.values()]
+        of_parameters = [torch.linalg.vector_norm(row, dim=1).cpu().double() for row in rows.values()]
         now = torch.stack(of_parameters).square().sum(0)
         if not torch.allclose(now, norms.setdefault(start, now), rtol=1e-3, atol=0.0, equal_nan=True):
             raise RuntimeError(
