@@ -38,7 +38,7 @@ class RecentUnits:
             return len(self) >= n
         return not self._over_batches or len(self) == self._units.maxlen
 
-    def see(self, feed: Feed, batch: Any, batch_idx: int, due: bool, left: int | None, last: bool) -> bool:
+    def keep(self, feed: Feed, batch: Any, batch_idx: int, due: bool, left: int | None, last: bool) -> bool:
         """Keep copies of the units in a batch, and return whether a longer interval would save that.
 
         The arguments are those of `Source.see`.

@@ -79,7 +79,7 @@ class Source:
             return False
         is_first = not self.seen
         try:
-            kept = self._recent.see(feed, batch, batch_idx, due, left, last)
+            kept = self._recent.keep(feed, batch, batch_idx, due, left, last)
         except ValueError as error:
             if not self.collate_instead(feed, str(error)):
                 self._error = error  # of this rank alone, to be raised where all ranks hear of it
