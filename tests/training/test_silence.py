@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from runs import QUIET, Module, Rows, loader
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_gradconf import GradientConfusionCallback
 from lightning_gradconf.training.silence import silent, without_logging
@@ -42,6 +43,25 @@ def test_paths_and_names_are_those_of_the_logger(kind, tmp_path):
     trainer = fit(Asks(), logger=logger)
     assert len(asked) > 6 and all(answer == asked[-1] for answer in asked)
     assert asked[-1] == [getattr(logger, name) for name in NAMES] + [trainer.log_dir]
+
+
+@pytest.mark.parametrize("direct", ["log_metrics", "add_scalar"])
+def test_what_a_step_writes_by_itself_is_written_as_often_as_without(direct, tmp_path):
+    """The loggers of the Trainer are put back, but what is in a file is not."""
+
+    class Writes(Module):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if direct == "add_scalar":
+                self.logger.experiment.add_scalar("direct", 1.0, self.global_step)
+            else:
+                self.logger.log_metrics({"direct": 1.0}, step=self.global_step)
+            return loss
+
+    logger = TensorBoardLogger(tmp_path)
+    trainer = fit(Writes(), logger=logger)
+    events = EventAccumulator(logger.log_dir).Reload()
+    assert [event.step for event in events.Scalars("direct")] == list(range(trainer.global_step))
 
 
 def test_everything_else_is_inert(tmp_path):

@@ -60,6 +60,9 @@ EXCEPTIONS = {
     "retained_gradient": NotGhost("loop", "the loss calls retain_grad on a tensor"),
 }
 
+if torch.__version__ < (2, 7):  # where factories take no number but Python's own
+    EXCEPTIONS["item_that_fills_and_scales"] = NotGhost("loop", "invalid combination of arguments|must be Number")
+
 if torch.__version__ >= (2, 15):  # where `apply` is written in C, and cannot be replaced where user code has kept it
     EXCEPTIONS["custom_function_by_another_name"] = NotGhost("loop", "it must override the setup_context")
 
