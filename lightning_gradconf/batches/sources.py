@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from typing import Any
 
+import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
 from lightning_gradconf.batches.draws import draw, first_of
@@ -115,10 +118,11 @@ class Source:
 
     @property
     def fixed_indices(self) -> Sequence[Sequence[Any]] | None:
-        """The indices of the fixed draw, for each unit; None if there is none."""
+        """The indices of the fixed draw, for each unit; None if there is none, or if no checkpoint could hold them."""
         if self._fixed is None:
             return self._fixed_indices
-        return [list(unit.origin.samples) for unit in self._fixed]
+        indices = [[_plain(index) for index in unit.origin.samples] for unit in self._fixed]
+        return indices if _can_be_loaded(indices) else None
 
     def reads(self, feed: Feed) -> Any:
         """Return the loaders whose items `units` reads, none where it has the batches in training."""
@@ -199,3 +203,22 @@ class Source:
                 break
         self._last_cut = found[-1] if found else None
         return found
+
+
+def _plain(index: Any) -> Any:
+    """Return an index with the scalars of NumPy in it, as samplers give them, as those of Python."""
+    if type(index) in (list, tuple):
+        return type(index)(map(_plain, index))
+    return index.item() if isinstance(index, np.generic) else index
+
+
+def _can_be_loaded(value: Any) -> bool:
+    """Return whether a checkpoint with this value can be loaded as Lightning does, with ``weights_only=True``."""
+    file = BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception:  # an index may be any object
+        return False
+    return True

@@ -117,8 +117,9 @@ class Session:
         if any(state.get(name) != getattr(self.callback, name) for name in units):
             return  # there is no state, or other units are compared from now on
         self.n = state["n"]
-        self.schedule.owed, self.schedule.stretch = state["owed"], state["stretch"]
-        self.schedule.last_step = state["last_measured"]
+        self.schedule.owed, self.schedule.last_step = state["owed"], state["last_measured"]
+        if self._may_stretch:
+            self.schedule.stretch = state["stretch"]
         self.fixed = state["fixed"]
 
     # ---- when -------------------------------------------------------------------------------------------------------
@@ -222,10 +223,16 @@ class Session:
         what = (given.statistics, given.per_layer, given.histogram, given.figures, given.top_pairs)
         return self.reports.setdefault(name, Report(*what, prefix))
 
+    @property
+    def _may_stretch(self) -> bool:
+        """Whether the interval is ours to choose."""
+        given = self.callback
+        return given.max_overhead is not None and given.every_n_train_steps is None and given.every_n_epochs is None
+
     def _stretch_interval(self) -> None:
         """Stretch an interval that is ours to choose until measuring keeps to its share, as rank 0 sees it."""
         schedule, limit = self.schedule, self.callback.max_overhead
-        if limit is None or self.callback.every_n_train_steps is not None or self.callback.every_n_epochs is not None:
+        if limit is None or not self._may_stretch:
             return
         stretch = self.overhead.stretch(schedule.every_n_train_steps, schedule.stretch, limit)
         (stretch, *_) = self.ranks.gather([stretch])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -179,3 +180,40 @@ def test_two_of_one_prefix_are_refused():
     trainer = pl.Trainer(max_steps=1, callbacks=both, logger=False, enable_checkpointing=False, **QUIET)
     with pytest.raises(MisconfigurationException, match=r"same keys gradient_confusion/.*give each its own prefix="):
         trainer.fit(Module(), loader())
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"), [({"every_n_train_steps": 5}, [9, 14, 19]), ({"max_overhead": None}, [*range(7, 20, 2)])]
+)
+def test_an_interval_that_is_given_later_is_kept_exactly(given, steps, tmp_path):
+    fit(6, tmp_path, save=[6])
+    checkpoint = torch.load(tmp_path / "step=6.ckpt", weights_only=True)
+    checkpoint["callbacks"][KEY]["stretch"] = 8
+    torch.save(checkpoint, tmp_path / "stretched.ckpt")
+    resumed, _ = fit(20, tmp_path, ckpt=tmp_path / "stretched.ckpt", **given)
+    assert [step for step, _ in resumed] == steps
+
+
+class Named:
+    """An index that no checkpoint can hold."""
+
+    def __init__(self, index):
+        self.index = index
+
+    def __index__(self):
+        return self.index
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.str_, lambda i: (np.int64(i), "x"), Named], ids=str)
+def test_a_run_resumes_whatever_the_indices_of_a_fixed_draw_are(kind, tmp_path):
+    class ByIndex(Data):
+        def __getitem__(self, i):
+            return super().__getitem__(int(i[0] if isinstance(i, tuple) else i))
+
+    def data():
+        return Resumable(ByIndex(), batch_size=4, sampler=[kind(i) for i in range(24)])
+
+    options = {"source": "fixed", "num_units": 3, "max_overhead": None}
+    whole, _ = fit(12, tmp_path, data=data(), save=[6], **options)
+    resumed, _ = fit(12, tmp_path, ckpt=tmp_path / "step=6.ckpt", data=data(), **options)
+    assert resumed == [(step, row) for step, row in whole if step >= 6]
