@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from lightning_gradconf.gram.select import Engine
 from lightning_gradconf.reports.report import Pair, Reading
 from lightning_gradconf.training import arguments as check
-from lightning_gradconf.training.compat import Callback, MisconfigurationException, warn
-from lightning_gradconf.training.publish import add_charts, publish_again
+from lightning_gradconf.training.compat import Callback, MisconfigurationException, add_metrics, warn
+from lightning_gradconf.training.publish import add_charts
 from lightning_gradconf.training.session import Session
 from lightning_gradconf.training.unsupported import reason_not_to_start
 
@@ -194,6 +194,7 @@ class GradientConfusionCallback(Callback):
         self.last_engine: str | None = None
         self.last_seconds: float | None = None
         self.last_top_pairs: list[Pair] = []
+        self._logged: dict[str, float] = {}  # by the last measurement
         self._session: Session | None = None
 
     def __repr__(self) -> str:
@@ -220,7 +221,7 @@ class GradientConfusionCallback(Callback):
     # ---- hooks of Lightning -----------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier run before a checkpoint is read, and lay out TensorBoard's charts."""
+        """Forget an earlier run before a checkpoint is read, and lay out TensorBoard's charts of this one."""
         self._state = {} if stage == "fit" else self._state
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         all_of_us = [callback for callback in callbacks if isinstance(callback, GradientConfusionCallback)]
@@ -228,18 +229,19 @@ class GradientConfusionCallback(Callback):
             raise MisconfigurationException(
                 f"two GradientConfusionCallbacks log to the same keys {self.prefix}/...; give each its own prefix="
             )
-        if all_of_us[:1] == [self]:
+        if stage == "fit" and all_of_us[:1] == [self]:
             add_charts(trainer, [callback.prefix for callback in all_of_us if callback.histogram])
 
     @wraps(Callback.state_dict)  # or Lightning itself refuses two of one prefix, without a word about prefix=
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """Return what a resumed run needs to go on, for the checkpoint."""
         state = self._state if self._session is None else self._session.state_dict()
-        return state and state | {"last_step": self.last_step, "last_statistics": self.last_statistics}
+        last = {"last_step": self.last_step, "last_statistics": self.last_statistics, "logged": self._logged}
+        return state and state | last
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self._state = state_dict
+        self._state, self._logged = state_dict, state_dict["logged"]
         self.last_step, self.last_statistics = state_dict["last_step"], state_dict["last_statistics"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -248,8 +250,8 @@ class GradientConfusionCallback(Callback):
             warn(f"measures nothing in this run. {reason}.")
             return
         self._session = Session(self, trainer, pl_module, self._state)
-        if self._state:
-            publish_again(self._session, self.last_statistics)
+        if self._state:  # callbacks that monitor a key have the values from before until there are new ones
+            add_metrics(trainer, self._logged)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure the weights before the step of this batch, if it is time."""
@@ -274,8 +276,12 @@ class GradientConfusionCallback(Callback):
             self._session.end()
             self._end_session()
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Forget a run that ends with an error or an interrupt; Lightning calls no `teardown` then."""
+        self._end_session()
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the run, also one that ended with an error."""
+        """Forget the run, also one that ended before it trained."""
         self._end_session()
 
     def _end_session(self) -> None:
@@ -285,9 +291,11 @@ class GradientConfusionCallback(Callback):
     def _keep(self, readings: Sequence[Reading]) -> None:
         """Keep what the last measurement has found, where there was one."""
         if readings:
-            self.last_statistics = {}
-        for measurement, statistics, _, pairs in readings:
+            self.last_statistics, self._logged = {}, {}
+        for reading in readings:
+            measurement, statistics, _, pairs = reading
             self.last_gram, self.last_step, self.last_top_pairs = measurement.gram, measurement.step, pairs
             self.last_engine, self.last_seconds = measurement.engine, measurement.seconds
             of_loss = measurement.name and f"{measurement.name}/"
             self.last_statistics |= {f"{of_loss}{name}": value for name, value in statistics.items()}
+            self._logged |= reading.by_key(f"{self.prefix}/{measurement.name}" if of_loss else self.prefix)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.demos.boring_classes import BoringModel
 from pytorch_lightning.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.loggers.logger import Logger
 from runs import PREFIX, QUIET, Rows
@@ -390,6 +391,15 @@ def test_bytes_and_bins_of_a_default_measurement(tmp_path):
     limits = events.Histograms(f"{PREFIX}/cosines")[-1].histogram_value.bucket_limit
     even = torch.linspace(-1, 1, 41).tolist()
     assert all(min(abs(limit - edge) for edge in even) < 1e-6 for limit in limits)
+
+
+def test_runs_that_do_not_train_have_no_page(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    trainer = pl.Trainer(callbacks=[GradientConfusionCallback()], logger=logger, **QUIET)
+    for run in (trainer.validate, trainer.test):
+        run(BoringModel(), verbose=False)
+    trainer.predict(BoringModel())
+    assert layout(logger.log_dir) == {}
 
 
 def test_without_histogram_there_is_no_page(tmp_path):

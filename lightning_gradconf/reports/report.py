@@ -105,6 +105,11 @@ class Reading(NamedTuple):
     layers: dict[str, float]
     pairs: list[Pair]
 
+    def by_key(self, prefix: str) -> dict[str, float]:
+        """Return all numbers by the keys that they are logged under; ``prefix`` is the first part of each."""
+        numbers = {f"{prefix}/{name}": value for name, value in self.statistics.items()}
+        return numbers | {f"{prefix}/min_cosine/{layer}": value for layer, value in self.layers.items()}
+
 
 @dataclass
 class Report:

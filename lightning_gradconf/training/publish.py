@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 def publish(session: Session, report: Report, reading: Reading) -> None:
     """Give ``callback_metrics``, the progress bar and every logger what a measurement says."""
     trainer, measurement, lowest = session.trainer, reading.measurement, f"{report.prefix}/min_cosine"
-    metrics = {f"{report.prefix}/{name}": value for name, value in reading.statistics.items()}
-    metrics |= {f"{lowest}/{layer}": value for layer, value in reading.layers.items()}
+    metrics = reading.by_key(report.prefix)
     in_bar = [lowest] if session.callback.prog_bar and lowest in metrics else []
     add_metrics(trainer, metrics, in_bar)
     loggers: list[Any] = trainer.loggers
@@ -33,11 +32,6 @@ def publish(session: Session, report: Report, reading: Reading) -> None:
         for logger in loggers:
             with session.logging():
                 report.show(logger, measurement, tables, figures)
-
-
-def publish_again(session: Session, statistics: dict[str, float]) -> None:
-    """Give callbacks that monitor a key the values from before a run was resumed, until there are new ones."""
-    add_metrics(session.trainer, {f"{session.callback.prefix}/{name}": value for name, value in statistics.items()})
 
 
 def conclude(session: Session) -> None:

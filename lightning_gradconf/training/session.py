@@ -28,6 +28,7 @@ from lightning_gradconf.training.overhead import Overhead
 from lightning_gradconf.training.publish import conclude, publish
 from lightning_gradconf.training.schedule import Schedule
 from lightning_gradconf.training.training_step import StepLoss
+from lightning_gradconf.training.unsupported import NO_LOSS, reason_for_nothing
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -39,10 +40,6 @@ _MAX_FAILURES = 3
 _MISSED = 2
 # Give up after this many due steps without a backward pass; gradient accumulation explains a few.
 _MAX_WITHOUT_LOSS = 50
-_NO_LOSS = (
-    "no measurement took place: training_step called neither manual_backward nor backward(), so that there is no loss "
-    f"to measure. Pass the loss, such as {LOSS_FN}."
-)
 
 
 class Session:
@@ -56,6 +53,7 @@ class Session:
 
     Attributes:
         active: Whether there is anything left to be measured.
+        attempted: Whether there were units at a step that was to be measured.
         n: How many units of this rank are compared, the same at all measurements; None before the first.
         schedule: When to measure.
         overhead: What measuring costs.
@@ -72,6 +70,7 @@ class Session:
     ) -> None:
         self.callback, self.trainer, self.module = callback, trainer, module
         self.active = True
+        self.attempted = False
         self.n: int | None = None
         interval = callback.every_n_train_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         self.schedule = Schedule(interval, callback.every_n_epochs)
@@ -174,6 +173,7 @@ class Session:
         """
         if not self._is_wanted():
             return []
+        self.attempted = True
         self.overhead.wait_for_steps()
         try:
             with self._watching_libraries():
@@ -264,13 +264,8 @@ class Session:
     def end(self) -> None:
         """Report the run as a whole, or say that nothing was ever measured, and leave the process group."""
         conclude(self)
-        if self.active and self.n is None and not self._said:
-            self.warn_once(
-                _NO_LOSS
-                if self.loss.manual is not None and self.loss.manual.without_losses
-                else f"no measurement took place: {self.source.seen} units of unit_size={self.callback.unit_size!r} "
-                "were seen, too few. Lower num_units or unit_size, or train longer."
-            )
+        if self.active and self.n is None and not self._said and (reason := reason_for_nothing(self)) is not None:
+            self.warn_once(reason)
         self.ranks.leave()
 
     def _say_if_batches_became_smaller(self) -> None:
@@ -340,7 +335,7 @@ class Session:
             return
         self._without_loss += 1
         if self._without_loss == _MAX_WITHOUT_LOSS:
-            self.switch_off(_NO_LOSS)
+            self.switch_off(NO_LOSS)
 
     def switch_off(self, reason: str) -> None:
         """Measure nothing more in this run, and say why."""

@@ -1,4 +1,4 @@
-"""Why a run cannot be measured, and what to do about it."""
+"""Why a run cannot be measured, or was not, and what to do about it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from typing import TYPE_CHECKING
 
 from lightning_gradconf.batches.loaders import loaders_in
 from lightning_gradconf.gram.ranks import sharded
+from lightning_gradconf.training.arguments import LOSS_FN
 from lightning_gradconf.training.compat import has_argument
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
     from lightning_gradconf.callback import GradientConfusionCallback
+    from lightning_gradconf.training.session import Session
+
+NO_LOSS = (
+    "no measurement took place: training_step called neither manual_backward nor backward(), so that there is no loss "
+    f"to measure. Pass the loss, such as {LOSS_FN}."
+)
 
 
 def reason_not_to_start(callback: GradientConfusionCallback, trainer: Trainer, module: LightningModule) -> str | None:
@@ -41,3 +48,20 @@ def reason_not_to_start(callback: GradientConfusionCallback, trainer: Trainer, m
     if never and callback.every_n_train_steps is None and callback.every_n_epochs is None:
         return "Trainer(log_every_n_steps=0) means never; pass every_n_train_steps= to measure"
     return None
+
+
+def reason_for_nothing(session: Session) -> str | None:
+    """Return why there was no measurement in a run that has ended, None if ``should_measure`` wanted none."""
+    if session.loss.manual is not None and session.loss.manual.without_losses:
+        return NO_LOSS
+    if not session.source.ready(None):
+        return (
+            f"no measurement took place: {session.source.seen} units of unit_size={session.callback.unit_size!r} were "
+            "seen, too few. Lower num_units or unit_size, or train longer."
+        )
+    if not session.attempted:
+        return None
+    return (
+        "no measurement took place: at each step that was due, training_step returned None, on_train_batch_start "
+        "returned -1, or no parameter required a gradient."
+    )

@@ -195,3 +195,36 @@ def test_an_error_in_should_measure_is_said_and_training_goes_on():
     with pytest.warns(UserWarning, match="KeyError: 'loss'"):
         steps, trainer = fit(Module(), Broken(every_n_train_steps=1))
     assert steps == [] and trainer.global_step == 12
+
+
+def test_a_run_in_which_no_measurement_was_wanted_says_nothing(recwarn):
+    class Never(GradientConfusionCallback):
+        def should_measure(self, trainer):
+            return False
+
+    fit(Module(), Never())
+    assert not [w for w in recwarn if "GradientConfusion" in str(w.message)]
+
+
+class Skips(Module):
+    def training_step(self, batch, batch_idx):
+        return None
+
+
+class SkipsAll(Module):
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1
+
+
+class AllFrozen(Skips):
+    def __init__(self):
+        super().__init__()
+        self.requires_grad_(False)
+
+
+@pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`")
+@pytest.mark.parametrize("module", [Skips, SkipsAll, AllFrozen])
+def test_a_module_that_is_never_trained_is_the_reason_for_no_measurement(module):
+    with pytest.warns(UserWarning, match="no measurement took place: at each step .* returned None") as caught:
+        fit(module())
+    assert sum("GradientConfusion" in str(w.message) for w in caught) == 1

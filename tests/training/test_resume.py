@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from runs import CLASSES, FEATURES, PREFIX, QUIET, Data, Module, Rows, loader
 from torch import nn
@@ -217,3 +220,42 @@ def test_a_run_resumes_whatever_the_indices_of_a_fixed_draw_are(kind, tmp_path):
     whole, _ = fit(12, tmp_path, data=data(), save=[6], **options)
     resumed, _ = fit(12, tmp_path, ckpt=tmp_path / "step=6.ckpt", data=data(), **options)
     assert resumed == [(step, row) for step, row in whole if step >= 6]
+
+
+def test_the_key_of_a_submodule_is_there_before_the_first_measurement_of_the_second_part(tmp_path):
+    _, first = fit(6, tmp_path, save=[6], module=Validated(), per_layer=True)
+    stopping = EarlyStopping(f"{PREFIX}/min_cosine/net.0", patience=99)
+    path, options = tmp_path / "step=6.ckpt", {"every_n_train_steps": 100, "per_layer": True}
+    fit(12, tmp_path, ckpt=path, module=Validated(), callbacks=[stopping], **options)
+    logged = first.state_dict()["logged"]
+    assert stopping.best_score == pytest.approx(logged[f"{PREFIX}/min_cosine/net.0"], rel=1e-6)
+
+
+class Broken(Module):
+    def __init__(self, error):
+        super().__init__()
+        self.lr, self.error = 0.1, error
+
+    def on_train_batch_end(self, *args):
+        if self.global_step == 3 and self.error is not None:
+            raise self.error("of the user")
+
+
+@pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
+def test_a_run_that_ends_with_an_error_is_forgotten(error, monkeypatch):
+    def trainer(*more):
+        callbacks = [callback, *more]
+        options = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "log_every_n_steps": 1}
+        return pl.Trainer(callbacks=callbacks, **(QUIET | options))
+
+    monkeypatch.setattr("signal.signal", lambda *args: None)  # Lightning ignores interrupts from then on
+    callback, module, data = GradientConfusionCallback(), Broken(error), loader()
+    with pytest.raises((error, SystemExit)):
+        trainer().fit(module, data)
+    assert len(callback.last_gram) == 4
+    module.error, dataset = None, weakref.ref(data.dataset)
+    del data
+    trainer(LearningRateFinder(num_training_steps=2, update_attr=False)).fit(module, loader(batch_size=8))
+    assert len(callback.last_gram) == 8
+    gc.collect()
+    assert dataset() is None
