@@ -33,15 +33,17 @@ class Layout:
     Args:
         feed: What the run trains on.
         loaders: The loader, or loaders in the structure of their batches.
+        earlier: The layout of the loaders that these have taken the place of, with whose batches theirs are compared.
 
     Attributes:
+        loaders: These loaders.
         reason: Why the samples of a batch do not lie side by side; None if they do.
     """
 
-    def __init__(self, feed: Feed, loaders: Any) -> None:
-        self._loaders = loaders_in(loaders)
+    def __init__(self, feed: Feed, loaders: Any, earlier: Layout | None = None) -> None:
+        self.loaders, self._loaders = loaders, loaders_in(loaders)
         self._learned: SamplePlaces | None = None
-        self._largest: dict[str, int] = {}
+        self._largest: dict[str, int] = {} if earlier is None else earlier._largest
         self.reason: str | None = None
         if loaders is feed.loaders and feed.iterator is not None:
             return  # nothing may be read, so samples are taken to lie on dimension 0, as in a stream

@@ -48,9 +48,9 @@ class RecentUnits:
         """
         if not due and not self._over_batches:
             return False
-        if self._layout is None:
+        if self._layout is None or self._layout.loaders is not feed.loaders:  # an epoch may have loaders of its own
             with feed.isolated([] if feed.iterator is not None else feed.loaders):
-                self._layout = Layout(feed, feed.loaders)
+                self._layout = Layout(feed, feed.loaders, self._layout)
         if self._unit_size == "batch":
             compared = self._layout.compare(batch, batch_idx)
             if compared < 0 and not (last and batch_idx > 0):
