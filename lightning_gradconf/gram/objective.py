@@ -98,8 +98,7 @@ def objective(module: nn.Module, loss_fn: LossFn, parameters: str | Sequence[str
         )
     if lazy := [name for name, p in module.named_parameters() if isinstance(p, nn.UninitializedParameter)]:
         raise ValueError(f"parameter {lazy[0]!r} is not initialised yet; run one batch through the module first")
-    patterns = ["*"] if parameters is None else [parameters] if isinstance(parameters, str) else list(parameters)
-    tracked = {name: p for name, p in trainable.items() if any(fnmatchcase(name, glob) for glob in patterns)}
+    tracked = {name: p for name, p in matching(module, parameters).items() if p.requires_grad}
     if not tracked:
         raise ValueError(
             f"parameters={parameters!r} matches none of the {len(trainable)} parameters that require grad; "
@@ -107,6 +106,12 @@ def objective(module: nn.Module, loss_fn: LossFn, parameters: str | Sequence[str
         )
     others = {name: p for name, p in module.named_parameters() if name not in tracked}
     return Objective(module, loss_fn, tracked, others | dict(module.named_buffers()))
+
+
+def matching(module: nn.Module, parameters: str | Sequence[str] | None) -> dict[str, nn.Parameter]:
+    """Return the parameters of ``module`` whose names match a glob pattern, frozen ones too; None matches all."""
+    patterns = ["*"] if parameters is None else [parameters] if isinstance(parameters, str) else list(parameters)
+    return {name: p for name, p in module.named_parameters() if any(fnmatchcase(name, glob) for glob in patterns)}
 
 
 def take_attributes(copy: Tensor, original: Tensor) -> None:

@@ -14,7 +14,7 @@ from lightning_gradconf.batches.feed import Feed
 from lightning_gradconf.batches.sources import Source
 from lightning_gradconf.batches.units import Unit, class_of, copy_of
 from lightning_gradconf.gram.measurement_mode import MeasurementMode
-from lightning_gradconf.gram.objective import Objective, objective
+from lightning_gradconf.gram.objective import Objective, matching, objective
 from lightning_gradconf.gram.ranks import sharded
 from lightning_gradconf.gram.ranks.process_group import Ranks
 from lightning_gradconf.gram.select import gram_of_units, in_words
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 def measured(session: Session, batch: Any, batch_idx: int, step: int) -> list[Measurement]:
     """Return what is measured at the present weights, one measurement for each loss of the step.
 
-    There is none if the module skips this batch, if all its parameters are frozen, or if there are too few units. Some
-    modules fail on a sample that keeps the padding of its batch. Then units that are collated alone are measured.
+    There is none if the module skips this batch, if all parameters to be measured are frozen, or if there are too few
+    units. Some modules fail on a sample that keeps the padding of its batch. Then units that are collated alone are
+    measured.
 
     Args:
         session: The run.
@@ -60,7 +61,7 @@ def measured(session: Session, batch: Any, batch_idx: int, step: int) -> list[Me
 def _measured(session: Session, batch: Any, batch_idx: int, step: int) -> list[Measurement]:
     """Return the measurements of the units that the source gives now, and see that they leave no trace."""
     trainer, module = session.trainer, session.module
-    if not any(p.requires_grad for p in module.parameters()):  # all of it is frozen, for now
+    if _is_frozen(session) and not is_overridden(module, "on_train_batch_start"):  # which may thaw it
         return []
     if session.sharded:
         sharded.reshard(module)
@@ -72,7 +73,7 @@ def _measured(session: Session, batch: Any, batch_idx: int, step: int) -> list[M
         units = _units(session, feed, batch, batch_idx, step)
         # Two gradients to compare, of this rank or of several, and later n.
         fewest = session.n or (1 if session.ranks.size > 1 and not session.sharded else 2)
-        if units is not None and len(units) >= fewest:
+        if units is not None and len(units) >= fewest and not _is_frozen(session):
             found = _measurements(session, units, feed.samples_of(batch, batch_idx), step)
     if before and not _left_no_trace(session, before):
         return []
@@ -83,6 +84,13 @@ def _measured(session: Session, batch: Any, batch_idx: int, step: int) -> list[M
             "unit_size='batch', or source='fresh'."
         )
     return found
+
+
+def _is_frozen(session: Session) -> bool:
+    """Return whether all parameters to be measured are frozen, for now."""
+    module = session.module
+    chosen = matching(module, session.callback.parameters) or dict(module.named_parameters())
+    return not any(p.requires_grad for p in chosen.values())
 
 
 def feed_of(session: Session) -> Feed:

@@ -228,3 +228,32 @@ def test_a_module_that_is_never_trained_is_the_reason_for_no_measurement(module)
     with pytest.warns(UserWarning, match="no measurement took place: at each step .* returned None") as caught:
         fit(module())
     assert sum("GradientConfusion" in str(w.message) for w in caught) == 1
+
+
+class FrozenBackbone(Module):
+    """Its first layer is frozen in the first epoch, by a callback or by a hook that runs at each batch."""
+
+    by_hook = False
+
+    def on_train_start(self):
+        self.freeze_backbone()
+
+    def on_train_epoch_start(self):
+        if not self.by_hook:
+            self.freeze_backbone()
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.by_hook:
+            self.freeze_backbone()
+
+    def freeze_backbone(self):
+        self.net[0].requires_grad_(self.current_epoch > 0)
+
+
+@pytest.mark.parametrize("by_hook", [False, True])
+def test_parameters_that_are_frozen_at_first_are_measured_when_they_are_not(by_hook, recwarn):
+    module, confusion = FrozenBackbone(), GradientConfusionCallback(every_n_train_steps=2, parameters="net.0.*")
+    module.by_hook = by_hook
+    steps, _ = fit(module, confusion)
+    assert steps == [6, 7, 9, 11]
+    assert not [w for w in recwarn if "GradientConfusion" in str(w.message)]
