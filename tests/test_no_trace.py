@@ -827,6 +827,30 @@ def test_a_loader_of_the_users(num_workers: int, plain_runs: Any, tmp_path: Path
     assert len(confusion.last_gram) == 6
 
 
+@pytest.mark.parametrize("options", [{"every_n_epochs": 1}, {"every_n_train_steps": 4, "unit_size": 2}], ids=str)
+def test_the_loader_of_the_validation_with_workers_that_persist(options: dict[str, Any], tmp_path: Path) -> None:
+    shared: list[Any] = []
+
+    class Validates(Validated):
+        def val_dataloader(self):
+            return shared[-1]
+
+    def module() -> Validates:
+        shared.append(loader(dataset=Data(augment=True), shuffle=False, num_workers=1, persistent_workers=True))
+        return Validates()
+
+    class OfValidation(GradientConfusionCallback):
+        __qualname__ = GradientConfusionCallback.__qualname__
+
+        def on_train_start(self, trainer, pl_module):
+            self.source = shared[-1]
+            super().on_train_start(trainer, pl_module)
+
+    scenario, confusion = Scenario(module), OfValidation(num_units=6, **options)
+    assert_same(run(scenario, tmp_path / "plain"), run(scenario, tmp_path / "measured", [confusion]))
+    assert len(confusion.last_gram) == 6
+
+
 # ---- precision -------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from io import BytesIO
 from typing import Any
 
@@ -43,7 +44,8 @@ class Source:
         over_batches: bool,
         fixed_indices: Sequence[Sequence[Any]] | None = None,
     ) -> None:
-        self._kind, self._unit_size, self._num_units, self._seed = kind, unit_size, num_units, seed
+        self._kind = _with_own_workers(kind) if isinstance(kind, DataLoader) else kind
+        self._unit_size, self._num_units, self._seed = unit_size, num_units, seed
         self._recent = RecentUnits(unit_size, num_units, over_batches or unit_size == "batch")
         self._layout: Layout | None = None  # of the user's own loader
         self._last_cut: Unit | None = None
@@ -203,6 +205,18 @@ class Source:
                 break
         self._last_cut = found[-1] if found else None
         return found
+
+
+def _with_own_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Return a loader that reads as another does, but with other persistent workers.
+
+    The Trainer may validate with the other one, and the random numbers of its workers cannot be put back.
+    """
+    if not loader.persistent_workers:  # every iterator has its own
+        return loader
+    own = copy(loader)
+    own._iterator = None
+    return own
 
 
 def _plain(index: Any) -> Any:
