@@ -144,6 +144,11 @@ class ReadsTheTrainer(Module):
     def training_step(self, batch, batch_idx):
         trainer = self.trainer
         trainer.noted = getattr(trainer, "noted", 0) + 1
+        trainer.fit_loop.noted = getattr(trainer.fit_loop, "noted", 0) + 1
+        trainer.fit_loop.epoch_loop.max_steps = max(100, trainer.max_steps) + 1
+        checkpoint = trainer.checkpoint_callback
+        checkpoint.noted = getattr(checkpoint, "noted", 0) + 1
+        self.notes += [trainer.fit_loop.noted, trainer.max_steps, checkpoint.noted]
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(PREFIX)}
         rate = self.optimizers().param_groups[0]["lr"]
         self.notes.append((trainer.global_step, trainer.is_last_batch, trainer.current_epoch, rate, metrics))
@@ -657,7 +662,9 @@ SCENARIOS: dict[str, Scenario] = {
     "training_step of one argument": Scenario(OneArgument),
     "moving averages of the weights": Scenario(Teacher),
     "weights clamped in the step": Scenario(ClampsWeights),
-    "reads the Trainer, writes to it": Scenario(ReadsTheTrainer),
+    "reads the Trainer, writes to it": Scenario(
+        ReadsTheTrainer, callbacks=lambda: [ModelCheckpoint("ckpt")], trainer={"enable_checkpointing": True}
+    ),
     "LBFGS": Scenario(LBFGS),
     "plateau scheduler on a step metric": Scenario(Plateau),
     "accumulation, clipping, uneven window": Scenario(

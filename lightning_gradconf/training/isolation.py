@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_gradconf.batches.loaders import changes, loaders_in
 from lightning_gradconf.gram.module_state import untouched
 from lightning_gradconf.gram.process_state import random_states, without_warnings
+from lightning_gradconf.gram.restoring import restore_mapping
 from lightning_gradconf.training.compat import is_overridden, lightning_modules
 from lightning_gradconf.training.silence import silent, without_logging
 
@@ -49,6 +50,9 @@ def no_trace(trainer: Trainer, module: LightningModule, loaders: Any) -> Iterato
         # What a manually optimised step does to gradients by hand, it does to those of the module itself.
         tensors = not module.automatic_optimization or any(is_overridden(module, name) for name in _HOOKS)
         stack.enter_context(untouched(module, *groups, *schedulers, *containers, data=data, tensors=tensors))
+        # `untouched` passes over Lightning's own objects: `max_epochs` of a loop, the patience of an EarlyStopping.
+        for part in (trainer.fit_loop, trainer.fit_loop.epoch_loop, *trainer.callbacks):  # type: ignore[attr-defined]
+            stack.callback(restore_mapping, vars(part), dict(vars(part)))
         trainer.loggers = [silent(logger) for logger in trainer.loggers]
         for part in lightning_modules(module):
             vars(part)["log"] = vars(part)["print"] = do_nothing  # `untouched` removes them again; log_dict calls log
