@@ -241,7 +241,7 @@ class GradientConfusionCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self._state, self._logged = state_dict, state_dict["logged"]
+        self._state, self._logged = state_dict, state_dict.get("logged", {})  # 0.1.0 wrote none
         self.last_step, self.last_statistics = state_dict["last_step"], state_dict["last_statistics"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
