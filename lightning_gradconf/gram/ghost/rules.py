@@ -33,7 +33,9 @@ def factors_of(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], at:
         NotImplementedError: The units cannot be found in the node's tensors.
     """
     rule = RULES.get(node.name())
-    if rule is not None and not delta.is_complex() and not delta.is_sparse:
+    # Gradients of gradients may reach the statistics of a norm and not its result, which the rules are about.
+    is_of_others = node.name() != lstm.NAME and at.deltas[0] is None
+    if rule is not None and not is_of_others and not delta.is_complex() and not delta.is_sparse:
         try:
             return rule(node, slot, delta, shape, at)
         except NotImplementedError:

@@ -27,6 +27,7 @@ _OWN, _LARGEST = 500, 20
 _OWN_HALF, _LARGEST_HALF = 16, 1
 # Rounding errors of inner products, relative to the squared sum of the norms of the units' gradients.
 _CONTRACTED = 200
+_SUMMED = 1 << 16  # entries whose squares may be added up one after the other: over 2^26, 1 % is lost
 # The tolerance grows by _NOISE times the difference of two of PyTorch's own passes; the weights of the second pass are
 # SCALE times those of the first. SCALE is no power of two: such a factor would leave all roundings as they are.
 _NOISE = 8
@@ -48,8 +49,8 @@ class Proof:
         leaves: The leaves of each parameter in the graph.
         unproved: Uses that had no gradient, or one that fits several places.
         errors: For each parameter the norm of the difference, and the larger norm of the two sides.
-        sizes: For each parameter the norm of the weighted sum of gradients as the factors have it, and the sum of the
-            norms of its parts, of which little may be left.
+        sizes: For each parameter the norm of the weighted sum of gradients as the factors have it, the sum of the norms
+            of its parts, of which little may be left, and the number of entries.
     """
 
     weights: Tensor
@@ -60,7 +61,7 @@ class Proof:
     leaves: dict[str, Sequence[Tensor]] = field(default_factory=dict)
     unproved: set[int] = field(default_factory=set)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
-    sizes: dict[str, tuple[float, float]] = field(default_factory=dict)
+    sizes: dict[str, tuple[float, float, int]] = field(default_factory=dict)
 
     def compare(
         self, name: str, leaves: Sequence[Tensor], parts: Sequence[GradientFactors], source: GradientEdge | None
@@ -76,9 +77,9 @@ class Proof:
         leaf = leaves[0]
         weights = self.weights.to(as_rows(leaf[None], 1).dtype)
         first, *others = [part.weighted(weights) for part in parts]
-        of_parts = sum(float(part.norm()) for part in (first, *others))
+        of_parts = sum(_norm(part) for part in (first, *others))
         got = sum(others, first)
-        self.sizes[name] = float(got.norm()), of_parts
+        self.sizes[name] = _norm(got), of_parts, got.numel()
         row = materialize(*(of_units(part, torch.tensor([self.unit])) for part in parts))[0]
         if source is not None:
             got, row = (_pulled(gradient, source, leaf) for gradient in (got, row))
@@ -95,13 +96,17 @@ class Proof:
         """Compare the Gram of a parameter with the factors that it was contracted from: r^T K r is |sum_i r_i g_i|^2.
 
         Raises:
-            ArithmeticError: It is not, so the contraction is wrong.
+            ArithmeticError: It is not, so the contraction is wrong; or it multiplied large numbers that cancel each
+                other in the gradients, and little but their rounding errors is left.
         """
         weights, norms = self.weights.to(gram.dtype), gram.diagonal().clamp_min(0).sqrt()
-        size, of_parts = self.sizes[name]
+        size, of_parts, numel = self.sizes[name]
         error = abs(float(weights @ gram @ weights) - size**2)
-        if error > _CONTRACTED * torch.finfo(gram.dtype).eps * max(float(weights @ norms), of_parts) ** 2:
-            raise ArithmeticError(f"the inner products of {name!r} are not those of its gradients")
+        kind, of_units = torch.finfo(gram.dtype), max(float(weights @ norms), size)
+        allowed = _CONTRACTED * kind.eps * of_units * max(of_units, of_parts)
+        allowed += kind.tiny * numel * float(weights.sum()) ** 2  # squares of less than `tiny` are zeros
+        if error > allowed:
+            raise ArithmeticError(f"the inner products of {name!r} are not those of its gradients, or lost in rounding")
 
     def failures(self, again: Sequence[Mapping[int, Tensor | None]] = ()) -> dict[str, float]:
         """Return the parameters that failed, each with its relative error.
@@ -135,6 +140,10 @@ def random_weights(like: Tensor, seed: int) -> Tensor:
     n, generator = len(like), torch.Generator().manual_seed(seed)
     steps = torch.randperm(n, generator=generator) + 0.5 * torch.rand(n, generator=generator)
     return (0.5 + steps / n).to(like)
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.stack([part.norm() for part in x.split(_SUMMED)]).norm())
 
 
 def _pulled(gradient: Tensor, source: GradientEdge, leaf: Tensor) -> Tensor:

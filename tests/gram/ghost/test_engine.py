@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import random
@@ -64,6 +65,32 @@ def test_a_contraction_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ArithmeticError, match="are not those of its gradients"):
         measure(module, mean_square, batch)
     assert error(measure(module, mean_square, batch, "auto"), right) < 1e-5
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-19, 1e-20, 1e-21, 1e-22, 1e-24, 1e-30])
+def test_gradients_whose_squares_vanish_are_no_error(scale: float) -> None:
+    """As of the first layers of a deep network: their inner products are below what float32 can hold."""
+    module, batch = nn.Sequential(nn.Linear(4, 30), nn.Tanh(), nn.Linear(30, 2)), torch.randn(6, 4)
+    assert used(module, lambda module, x: scale * module(x).square().mean(), batch, unit_size=2) == "ghost"
+
+
+def test_millions_of_entries_are_added_up_as_they_should() -> None:
+    """PyTorch's norm of 2^24 entries is wrong by 1e-3 on a CPU."""
+    module, batch = nn.Linear(4096, 4096, bias=False), torch.randn(1, 4096) + 0.05 * torch.randn(2, 4096)
+    assert used(module, mean_square, batch) == "ghost"
+
+
+def difference(module: nn.Module, x: Tensor) -> Tensor:
+    return 1e6 * (module(x + 1e-4) - module(x)).square().mean()
+
+
+def test_products_of_what_cancels_in_the_gradients_are_not_believed() -> None:
+    """The gradients of two uses are 1e4 times their difference, so their products are 1e8 times what is left."""
+    module, batch = nn.Sequential(nn.Linear(20, 60), nn.Tanh(), nn.Linear(60, 5)), torch.randn(8, 20)
+    with pytest.raises(ArithmeticError, match="lost in rounding"):
+        measure(module, difference, batch)
+    want = measure(copy.deepcopy(module).double(), difference, batch.double(), "loop")
+    assert error(measure(module, difference, batch, "auto"), want) < 0.1
 
 
 def wrong_order(node: Any, slot: int, delta: Tensor, shape: Any, at: Any) -> Any:

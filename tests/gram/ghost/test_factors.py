@@ -216,6 +216,14 @@ def test_a_form_that_is_wrong_is_left(monkeypatch, caplog):
     assert "'wrong' of a contraction is wrong" in record.getMessage()
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-42])
+def test_forms_may_keep_different_roundings_of_next_to_nothing(scale):
+    """Of a unit whose gradient is the rounding of a zero, and of squares that float32 can hardly hold."""
+    exact = scale * torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    assert contraction._agree(exact + scale * torch.tensor([[1e-3, 0], [0, 0]]), exact) == (scale < 1)
+    assert contraction._agree(exact + scale * torch.tensor([[0, 1e-8], [1e-8, 1e-8]]), exact)
+
+
 def test_a_form_of_one_part_is_begun_again_if_it_may_have_been_slow_as_it_was_new(monkeypatch):
     clock, workspace = Clock(monkeypatch), Workspace()
     forms = {

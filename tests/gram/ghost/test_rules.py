@@ -79,7 +79,7 @@ def test_the_fused_norm_of_other_devices():
     want = [
         torch.autograd.grad(F.rms_norm(a, (5,), weight, eps=0.0), weight, d)[0] for a, d in zip(x, delta, strict=True)
     ]
-    got = rules.factors_of(Fused(), 1, delta, (5,), Placement(6))
+    got = rules.factors_of(Fused(), 1, delta, (5,), Placement(6, deltas=(delta,)))
     torch.testing.assert_close(materialize(got), torch.stack(want))
 
 

@@ -208,6 +208,28 @@ def forces_from_an_energy() -> Any:
     return net, loss, four(lambda: (normal(3, 2), normal(), normal(3, 2)))
 
 
+def forces(*layers: nn.Module) -> Any:
+    """Return an energy of which only the gradient by places is used."""
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        x = batch[0].clone().requires_grad_()
+        return F.mse_loss(torch.autograd.grad(module(x).sum(), x, create_graph=True)[0], batch[1])
+
+    net = nn.Sequential(nn.Linear(4, 6), nn.SiLU(), *layers, nn.Linear(6, 1))
+    return net, loss, four(lambda: (normal(4), normal(4)))
+
+
+@case
+def forces_through_a_last_group_norm() -> Any:
+    """No gradient reaches the result of the norm, but one reaches its mean and its scale."""
+    return forces(nn.GroupNorm(2, 6))
+
+
+@case
+def forces_through_a_last_layer_norm() -> Any:
+    return forces(nn.LayerNorm(6))
+
+
 @case
 def adversarial_step() -> Any:
     """As in FGSM: a gradient without a graph moves the inputs."""

@@ -140,6 +140,8 @@ VMAP_CANNOT = set(
         "experts_chosen_by_the_data",
         "float_stored",
         "forces_from_an_energy",
+        "forces_through_a_last_group_norm",
+        "forces_through_a_last_layer_norm",
         "frozen_parameter_written_in_forward",
         "function_of_torchmetrics",
         "generator_frozen_in_the_step",
