@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# What reads a setting, what writes it, and some of its values.
+Setting = tuple[Callable[[], Any], Callable[[Any], Any], tuple[Any, ...]]
+
 
 @contextmanager
 def without_warnings(beginning: str = "") -> Iterator[None]:
@@ -67,30 +70,50 @@ def rounds_float32(device: torch.device) -> bool:
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
     """Within this context, float32 is not rounded on a device, whatever the user allows."""
-    changed = [(write, value, exact) for read, write, exact in _roundings(device) if (value := read()) not in exact]
-    for write, _, exact in changed:
-        write(exact[0])
+    settings = _roundings(device)
+    values = [read() for read, _, _ in settings]
     try:
+        for read, write, exact in settings:
+            if read() not in exact:
+                write(exact[0])
         yield
     finally:
-        for write, value, _ in changed:
-            write(value)
+        for (read, write, _), value in zip(settings, values, strict=True):
+            if read() != value:  # what follows another setting is not written to, and goes on to follow
+                write(value)
 
 
-def _roundings(device: torch.device) -> list[tuple[Callable[[], Any], Callable[[Any], Any], tuple[Any, ...]]]:
-    """Return what reads and writes each setting that allows rounding on a device, and its values that do not."""
+def _roundings(device: torch.device) -> list[Setting]:
+    """Return what reads and writes each setting that allows rounding on a device, and its values that do not.
+
+    To write to a setting may change those after it.
+    """
     backends: Any = torch.backends
-    on_gpu = device.type == "cuda"
-    if hasattr(backends, "fp32_precision"):
-        blas, others = (backends.cuda, backends.cudnn) if on_gpu else (backends.mkldnn, backends.mkldnn)
-        parts, name, exact = [blas.matmul, others.conv, others.rnn], "fp32_precision", ("ieee", "none")
-        return [(partial(getattr, part, name), partial(setattr, part, name), exact) for part in parts]
-    # Before torch 2.9.
-    found: list[Any] = [(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, ("highest",))]
-    if on_gpu:
-        name, part = "allow_tf32", backends.cudnn
-        found.append((partial(getattr, part, name), partial(setattr, part, name), (False,)))
-    return found
+    products = torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, ("highest",)
+    old: list[Setting] = [products]
+    if device.type == "cuda":
+        old.append(_setting(backends.cudnn, "allow_tf32", (False,)))
+    if not hasattr(backends, "fp32_precision"):  # before torch 2.9
+        return old
+    cpu = backends.mkldnn
+    if device.type != "cuda":
+        return [_setting(part) for part in (backends, cpu.matmul, cpu.conv, cpu.rnn)]
+    # Where the old settings differ from the new, to read them is an error, as it is in `torch.backends.cudnn.flags`.
+    parts = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, cpu.matmul
+    return [*filter(_is_readable, old), *map(_setting, parts)]
+
+
+def _setting(part: Any, name: str = "fp32_precision", exact: tuple[Any, ...] = ("ieee", "none")) -> Setting:
+    return partial(getattr, part, name), partial(setattr, part, name), exact
+
+
+def _is_readable(setting: Setting) -> bool:
+    """Return whether a setting can be read, as it cannot where the user has written to others for the same thing."""
+    try:
+        setting[0]()
+    except RuntimeError:
+        return False
+    return True
 
 
 @contextmanager

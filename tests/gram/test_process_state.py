@@ -44,6 +44,38 @@ def test_by_default_only_gpus_round() -> None:
     assert rounds_float32(GPU), "in convolutions"
 
 
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_what_reads_the_old_settings_works_meanwhile(precision: str) -> None:
+    """As gradient penalties through an LSTM do: PyTorch refuses to where the new settings say something else."""
+    torch.set_float32_matmul_precision(precision)
+    allowed = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    with full_float32(GPU):
+        assert not torch.backends.cuda.matmul.allow_tf32
+        with torch.backends.cudnn.flags(enabled=False):
+            pass
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == allowed
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends, "fp32_precision"), reason="settings that others follow are of torch 2.9"
+)
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_settings_that_follow_a_general_one_go_on_to_follow(precision: str) -> None:
+    backends: Any = torch.backends
+    parts = backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn
+    for part in (*parts, backends):
+        part.fp32_precision = "none"
+    try:
+        backends.fp32_precision = precision
+        with full_float32(CPU):
+            assert all(part.fp32_precision == "ieee" for part in parts)
+        assert all(part.fp32_precision == precision for part in parts)
+        backends.fp32_precision = "ieee"
+        assert all(part.fp32_precision == "ieee" for part in parts)
+    finally:
+        backends.fp32_precision = "none"
+
+
 class Rounding(torch.autograd.Function):
     """The product of a GPU that may round its factors to ten bits."""
 
