@@ -111,7 +111,24 @@ def _convolution(node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], a
         return at.reduce(upcast(delta).flatten(2).sum(2), shape)
     if slot != 1:
         raise NotImplementedError("the input of a convolution is a parameter")
-    x, delta = (at.rows(upcast(t)).flatten(0, 1) for t in (saved(node, "input"), delta))
+    return _kernel(node, saved(node, "input"), delta, shape, at)
+
+
+def _convolution_backward(
+    node: Node, slot: int, delta: Tensor, shape: tuple[int, ...], at: Placement
+) -> GradientFactors:
+    """Return what the gradient by a convolution's input contributes, as in gradient penalties.
+
+    Multiplied with ``delta``, it is the convolution of ``delta`` multiplied with the gradient of the result.
+    """
+    if slot != 2:
+        raise NotImplementedError("the gradient of a convolution's result is a parameter")
+    return _kernel(node, delta, saved(node, "grad_output"), shape, at)
+
+
+def _kernel(node: Node, x: Tensor, delta: Tensor, shape: tuple[int, ...], at: Placement) -> GradientFactors:
+    """Return the gradient by the weight of a convolution of ``x``."""
+    x, delta = (at.rows(upcast(t)).flatten(0, 1) for t in (x, delta))
     stride, padding, dilation = (list(saved(node, key)) for key in ("stride", "padding", "dilation"))
     groups, transposed = saved(node, "groups"), saved(node, "transposed")
     if groups == 1 and not transposed and set(shape[2:]) == {1} and set(stride) == {1} and not any(padding):
@@ -251,6 +268,7 @@ RULES: dict[str, Rule] = {
     "AddBackward0": _add,
     **dict.fromkeys(("MmBackward0", "BmmBackward0", *_WITH_A_SUMMAND), _product),
     "ConvolutionBackward0": _convolution,
+    "ConvolutionBackwardBackward0": _convolution_backward,
     "DivBackward0": _div,
     "EmbeddingBackward0": _embedding,
     "EmbeddingBagBackward0": _embedding_bag,

@@ -14,6 +14,11 @@ from lightning_gradconf.gram.ghost.factors import materialize
 from lightning_gradconf.gram.ghost.placement import Placement
 
 
+def input_gradient(m: Tensor) -> Tensor:
+    x = torch.randn(2, 4, 4, requires_grad=True)
+    return torch.autograd.grad(F.conv1d(x, m[:, :, None]).square().sum(), x, create_graph=True)[0]
+
+
 def results() -> dict[str, tuple[Tensor, list[str]]]:
     """One result of every operation with a rule, and what the rule reads."""
     p, x, m = torch.randn(4, requires_grad=True), torch.randn(2, 4, 4), torch.randn(4, 4, requires_grad=True)
@@ -26,6 +31,7 @@ def results() -> dict[str, tuple[Tensor, list[str]]]:
         "BaddbmmBackward0": (torch.baddbmm(b, x, b), ["batch1", "alpha", "beta"]),
         "BmmBackward0": (torch.bmm(x, b), ["self"]),
         "ConvolutionBackward0": (F.conv1d(x, m[:, :, None]), size),
+        "ConvolutionBackwardBackward0": (input_gradient(m), [*size[:-1], "grad_output"]),
         "DivBackward0": (p / x, ["self", "other"]),
         "EmbeddingBackward0": (F.embedding(index, m), ["indices", "padding_idx", "scale_grad_by_freq"]),
         "EmbeddingBagBackward0": (
@@ -103,3 +109,27 @@ def test_the_error_of_a_rule_is_no_missing_rule(monkeypatch):
     monkeypatch.setitem(rules.RULES, "AddmmBackward0", broken)
     with pytest.raises(IndexError, match="a bug"):
         gradient_gram(nn.Linear(4, 3), mean_square, torch.randn(5, 4), engine="ghost")
+
+
+@pytest.mark.parametrize("unit_size", [1, 2])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.Conv1d(4, 6, 3, padding=2, dilation=2),
+        lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2),
+        lambda: nn.Conv2d(4, 6, 1),
+        lambda: nn.Conv3d(4, 4, 2, groups=4),
+        lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, groups=2),
+    ],
+)
+def test_a_gradient_penalty_through_a_convolution_costs_no_pass_for_each_unit(layer, unit_size, monkeypatch):
+    def penalty(module, x):
+        x = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(module(x).tanh().sum(), x, create_graph=True)
+        return g.square().sum()
+
+    layer = layer().double()
+    x = torch.randn(4, 4, *[5] * (layer.weight.dim() - 2), dtype=torch.float64)
+    monkeypatch.setattr(rules, "_by_backward", lambda *_: pytest.fail("the node is called for each unit"))
+    got = gradient_gram(layer, penalty, x, unit_size=unit_size, engine="ghost")
+    torch.testing.assert_close(got, gradient_gram(layer, penalty, x, unit_size=unit_size, engine="loop"))
