@@ -260,7 +260,22 @@ def _ctc(
     return fold(mode.n, losses, log_probs, targets, *lengths)
 
 
+def _cast(mode: UnitMode, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """Cast as autocast does, which is asked below vmap: there these functions have become others, not on its list."""
+    device = args[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return function(*args, **kwargs)
+    kind = torch.get_autocast_dtype(device)
+
+    def cast(x: Any) -> Any:
+        return x.to(kind) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+
+    return function(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+
+
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, F.prelu), _cast),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _cast),
     F.scaled_dot_product_attention: _attention,
     **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent),
     **dict.fromkeys((torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell), _recurrent_cell),

@@ -133,3 +133,18 @@ def test_a_gradient_penalty_through_a_convolution_costs_no_pass_for_each_unit(la
     monkeypatch.setattr(rules, "_by_backward", lambda *_: pytest.fail("the node is called for each unit"))
     got = gradient_gram(layer, penalty, x, unit_size=unit_size, engine="ghost")
     torch.testing.assert_close(got, gradient_gram(layer, penalty, x, unit_size=unit_size, engine="loop"))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_autocast_casts_for_what_becomes_another_operation_under_vmap(kind):
+    """A convolution and a PReLU behind a linear layer, which is cast."""
+
+    def loss(module, x):
+        with torch.autocast("cpu", kind):
+            return module(x).float().square().mean()
+
+    layers = nn.Linear(4, 24), nn.Unflatten(1, (6, 2, 2)), nn.Conv2d(6, 5, 2), nn.PReLU(), nn.ConvTranspose2d(5, 4, 2)
+    module, x = nn.Sequential(*layers), torch.randn(6, 4)
+    got, want = (gradient_gram(module, loss, x, engine=engine) for engine in ("ghost", "loop"))
+    scale = sum(gram.diagonal() for gram in want.values()).max()
+    assert all(float((got[name] - want[name]).abs().max()) < 0.05 * scale for name in want)
