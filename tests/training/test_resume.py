@@ -207,7 +207,9 @@ class Named:
         return self.index
 
 
-@pytest.mark.parametrize("kind", [np.int64, np.str_, lambda i: (np.int64(i), "x"), Named], ids=str)
+@pytest.mark.parametrize(
+    "kind", [np.int64, np.str_, lambda i: (np.int64(i), "x"), Named], ids=["int", "str", "tuple", "object"]
+)
 def test_a_run_resumes_whatever_the_indices_of_a_fixed_draw_are(kind, tmp_path):
     class ByIndex(Data):
         def __getitem__(self, i):
