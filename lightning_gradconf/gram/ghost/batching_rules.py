@@ -260,17 +260,17 @@ def _ctc(
     return fold(mode.n, losses, log_probs, targets, *lengths)
 
 
-def _cast(mode: UnitMode, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+def _cast(mode: UnitMode, function: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Cast as autocast does, which is asked below vmap: there these functions have become others, not on its list."""
-    device = args[0].device.type
+    device = input.device.type
     if not torch.is_autocast_enabled(device):
-        return function(*args, **kwargs)
+        return function(input, *args, **kwargs)
     kind = torch.get_autocast_dtype(device)
 
     def cast(x: Any) -> Any:
         return x.to(kind) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
 
-    return function(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+    return function(*map(cast, (input, *args)), **{name: cast(value) for name, value in kwargs.items()})
 
 
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -135,6 +135,15 @@ def test_a_gradient_penalty_through_a_convolution_costs_no_pass_for_each_unit(la
     torch.testing.assert_close(got, gradient_gram(layer, penalty, x, unit_size=unit_size, engine="loop"))
 
 
+def test_a_convolution_that_is_called_by_names_is_measured():
+    layer, x = nn.Conv1d(2, 3, 2).double(), torch.randn(4, 2, 5, dtype=torch.float64)
+
+    def loss(module, x):
+        return F.conv1d(input=x, weight=module.weight, bias=module.bias).square().sum()
+
+    torch.testing.assert_close(*(gradient_gram(layer, loss, x, engine=engine) for engine in ("ghost", "loop")))
+
+
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 def test_autocast_casts_for_what_becomes_another_operation_under_vmap(kind):
     """A convolution and a PReLU behind a linear layer, which is cast."""
