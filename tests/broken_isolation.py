@@ -102,7 +102,7 @@ BREAKS: dict[str, tuple[str, str, str]] = {
     "log is mute": (NO_TRACE, 'vars(part)["log"] = ', ""),
     "print is mute": (NO_TRACE, ' = vars(part)["print"]', ""),
     "loggers are dummies": (NO_TRACE, "trainer.loggers = [silent(logger) for logger in trainer.loggers]", "pass"),
-    "attributes of the Trainer": (NO_TRACE, "data += [trainer, *trainer.callbacks,", "data += [*trainer.callbacks,"),
+    "attributes of the Trainer": (NO_TRACE, "data += [trainer, loop,", "data += [loop,"),
     "optimizers' groups": (NO_TRACE, "*groups, ", ""),
     "schedulers": (NO_TRACE, "*schedulers, ", ""),
     "the loader's state": (NO_TRACE, "*containers, data", "data"),

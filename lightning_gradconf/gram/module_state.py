@@ -217,6 +217,11 @@ class _Memory:
         """Keep how to put back what data are read from, without what is large, and without tensors in sequences."""
         if type(value) in _ATOMS or id(value) in self.seen or self._remember_generator(value):
             return
+        if not isinstance(value, Tensor | np.ndarray | list | tuple | deque | set | MutableMapping):
+            # What is passed over is not marked as seen: a callback that the Trainer leads to is a source itself.
+            if not isinstance(value, type) and hasattr(value, "__dict__") and self._is_read(value):
+                self._remember_attributes_of_data(value)
+            return
         self.seen[id(value)] = value
         if isinstance(value, Tensor):
             if not is_item and value.numel() <= _MOST_ELEMENTS and not value.is_inference():
@@ -224,14 +229,12 @@ class _Memory:
         elif isinstance(value, np.ndarray):
             if not is_item and value.size <= _MOST_ELEMENTS and value.flags.writeable:
                 self.values.append(partial(restore_array, value, value.copy()))
-        elif isinstance(value, list | tuple | deque | set | MutableMapping):
+        else:
             if len(value) <= _MOST_ENTRIES:
                 self._remember_entries(value)
             entries, are_items = (value.values(), is_item) if isinstance(value, MutableMapping) else (value, True)
             for entry in islice(entries, _MOST_TRANSFORMS):
                 self._remember_data(entry, is_item=are_items)
-        elif not isinstance(value, type) and hasattr(value, "__dict__") and self._is_read(value):
-            self._remember_attributes_of_data(value)
 
     def _remember_entries(self, value: Any) -> None:
         """Keep how to put back which entries a container has."""

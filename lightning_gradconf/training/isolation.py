@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 from lightning_gradconf.batches.loaders import changes, loaders_in
 from lightning_gradconf.gram.module_state import untouched
 from lightning_gradconf.gram.process_state import random_states, without_warnings
-from lightning_gradconf.gram.restoring import restore_mapping
 from lightning_gradconf.training.compat import is_overridden, lightning_modules
 from lightning_gradconf.training.silence import silent, without_logging
 
@@ -44,15 +43,13 @@ def no_trace(trainer: Trainer, module: LightningModule, loaders: Any) -> Iterato
         # The training step can reach its datasets and samplers, whatever is read here.
         for loader in loaders_in(trainer.train_dataloader).values():
             data += [getattr(loader, name, None) for name in ("dataset", "sampler", "batch_sampler")]
-        # Of these too, only attributes and random generators are put back: of the Trainer `should_stop`, the loggers,
-        # and what the user's code keeps there.
-        data += [trainer, *trainer.callbacks, trainer.datamodule]  # type: ignore[attr-defined]
+        # Of these too, attributes and random generators are put back: `should_stop` and the loggers of the Trainer,
+        # `max_epochs` of its loop, the patience of an EarlyStopping, and what the user's code keeps there.
+        loop: Any = trainer.fit_loop
+        data += [trainer, loop, loop.epoch_loop, *trainer.callbacks, trainer.datamodule]  # type: ignore[attr-defined]
         # What a manually optimised step does to gradients by hand, it does to those of the module itself.
         tensors = not module.automatic_optimization or any(is_overridden(module, name) for name in _HOOKS)
         stack.enter_context(untouched(module, *groups, *schedulers, *containers, data=data, tensors=tensors))
-        # `untouched` passes over Lightning's own objects: `max_epochs` of a loop, the patience of an EarlyStopping.
-        for part in (trainer.fit_loop, trainer.fit_loop.epoch_loop, *trainer.callbacks):  # type: ignore[attr-defined]
-            stack.callback(restore_mapping, vars(part), dict(vars(part)))
         trainer.loggers = [silent(logger) for logger in trainer.loggers]
         for part in lightning_modules(module):
             vars(part)["log"] = vars(part)["print"] = do_nothing  # `untouched` removes them again; log_dict calls log
