@@ -293,9 +293,9 @@ class GradientConfusionCallback(Callback):
         if readings:
             self.last_statistics, self._logged = {}, {}
         for reading in readings:
-            measurement, statistics, _, pairs = reading
-            self.last_gram, self.last_step, self.last_top_pairs = measurement.gram, measurement.step, pairs
+            measurement = reading.measurement
+            self.last_gram, self.last_step, self.last_top_pairs = measurement.gram, measurement.step, reading.pairs
             self.last_engine, self.last_seconds = measurement.engine, measurement.seconds
             of_loss = measurement.name and f"{measurement.name}/"
-            self.last_statistics |= {f"{of_loss}{name}": value for name, value in statistics.items()}
-            self._logged |= reading.by_key(f"{self.prefix}/{measurement.name}" if of_loss else self.prefix)
+            self.last_statistics |= {f"{of_loss}{name}": value for name, value in reading.statistics.items()}
+            self._logged |= reading.metrics

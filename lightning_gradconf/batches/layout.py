@@ -41,7 +41,7 @@ class Layout:
     """
 
     def __init__(self, feed: Feed, loaders: Any, earlier: Layout | None = None) -> None:
-        self.loaders, self._loaders = loaders, loaders_in(loaders)
+        self.loaders, self._by_path = loaders, loaders_in(loaders)
         self._learned: SamplePlaces | None = None
         self._largest: dict[str, int] = {} if earlier is None else earlier._largest
         self.reason: str | None = None
@@ -66,11 +66,11 @@ class Layout:
         if self._learned is None:
             return self._assumed(batch)
         try:
-            return self._learned, count(batch, self._learned, tuple(self._loaders))
+            return self._learned, count(batch, self._learned, tuple(self._by_path))
         except ValueError:
             with suppress(ValueError):
                 places, counts = self._assumed(batch)
-                if all(batch_size(self._loaders[path]) == size for path, size in counts.items()):
+                if all(batch_size(self._by_path[path]) == size for path, size in counts.items()):
                     return places, counts
             raise
 
@@ -87,7 +87,7 @@ class Layout:
             ValueError: The samples cannot be told.
         """
         places, counts = self.placed(batch)
-        sizes = shares(self._loaders, unit_size, counts)
+        sizes = shares(self._by_path, unit_size, counts)
         first, least = next(iter(sizes.values())), min(sizes.values())
         return [
             Unit(own, Origin(tuple(range(i * first, (i + 1) * first)), batch_idx), least)
@@ -114,17 +114,17 @@ class Layout:
         try:
             return self.placed(batch)[1]
         except ValueError:
-            sizes = {path: samples_at(loader, batch_idx) for path, loader in self._loaders.items()}
+            sizes = {path: samples_at(loader, batch_idx) for path, loader in self._by_path.items()}
             return {path: size for path, size in sizes.items() if size is not None}
 
     def _assumed(self, batch: Any) -> tuple[SamplePlaces, dict[str, int]]:
         """Return what `placed` does, for loaders that nothing is known about."""
         found: SamplePlaces = {}
-        for path, loader in self._loaders.items():
+        for path, loader in self._by_path.items():
             own = part(batch, path)
             if own is not None:
                 found |= assume(own, batch_size(loader), path)
-        return found, count(batch, found, tuple(self._loaders))
+        return found, count(batch, found, tuple(self._by_path))
 
 
 def learn_places(loaders: Any, prepare: Callable[[Any], Any]) -> SamplePlaces | None:

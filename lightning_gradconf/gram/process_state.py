@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # What reads a setting, what writes it, and some of its values.
-Setting = tuple[Callable[[], Any], Callable[[Any], Any], tuple[Any, ...]]
+_Setting = tuple[Callable[[], Any], Callable[[Any], Any], tuple[Any, ...]]
 
 
 @contextmanager
@@ -83,14 +83,14 @@ def full_float32(device: torch.device) -> Iterator[None]:
                 write(value)
 
 
-def _roundings(device: torch.device) -> list[Setting]:
+def _roundings(device: torch.device) -> list[_Setting]:
     """Return what reads and writes each setting that allows rounding on a device, and its values that do not.
 
     To write to a setting may change those after it.
     """
     backends: Any = torch.backends
     products = torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, ("highest",)
-    old: list[Setting] = [products]
+    old: list[_Setting] = [products]
     if device.type == "cuda":
         old.append(_setting(backends.cudnn, "allow_tf32", (False,)))
     if not hasattr(backends, "fp32_precision"):  # before torch 2.9
@@ -103,11 +103,11 @@ def _roundings(device: torch.device) -> list[Setting]:
     return [*filter(_is_readable, old), *map(_setting, parts)]
 
 
-def _setting(part: Any, name: str = "fp32_precision", exact: tuple[Any, ...] = ("ieee", "none")) -> Setting:
+def _setting(part: Any, name: str = "fp32_precision", exact: tuple[Any, ...] = ("ieee", "none")) -> _Setting:
     return partial(getattr, part, name), partial(setattr, part, name), exact
 
 
-def _is_readable(setting: Setting) -> bool:
+def _is_readable(setting: _Setting) -> bool:
     """Return whether a setting can be read, as it cannot where the user has written to others for the same thing."""
     try:
         setting[0]()

@@ -98,17 +98,20 @@ class Reading(NamedTuple):
         statistics: Its statistics, by name.
         layers: The lowest cosine of each submodule that is reported by itself.
         pairs: The pairs of units with the lowest cosines, the lowest first.
+        prefix: The first part of the keys that its numbers are logged under.
     """
 
     measurement: Measurement
     statistics: dict[str, float]
     layers: dict[str, float]
     pairs: list[Pair]
+    prefix: str
 
-    def by_key(self, prefix: str) -> dict[str, float]:
-        """Return all numbers by the keys that they are logged under; ``prefix`` is the first part of each."""
-        numbers = {f"{prefix}/{name}": value for name, value in self.statistics.items()}
-        return numbers | {f"{prefix}/min_cosine/{layer}": value for layer, value in self.layers.items()}
+    @property
+    def metrics(self) -> dict[str, float]:
+        """All numbers, by the keys that they are logged under."""
+        numbers = {f"{self.prefix}/{name}": value for name, value in self.statistics.items()}
+        return numbers | {f"{self.prefix}/min_cosine/{layer}": value for layer, value in self.layers.items()}
 
 
 @dataclass
@@ -126,7 +129,8 @@ class Report:
 
     def read(self, measured: Measurement) -> Reading:
         """Return what a measurement says, and keep what it says of submodules for the end of the run."""
-        return Reading(measured, self._statistics_of(measured), self._layers_of(measured), self._pairs_of(measured))
+        statistics, layers = self._statistics_of(measured), self._layers_of(measured)
+        return Reading(measured, statistics, layers, self._pairs_of(measured), self.prefix)
 
     def _statistics_of(self, measured: Measurement) -> dict[str, float]:
         size = measured.unit_size

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def publish(session: Session, report: Report, reading: Reading) -> None:
     """Give ``callback_metrics``, the progress bar and every logger what a measurement says."""
     trainer, measurement, lowest = session.trainer, reading.measurement, f"{report.prefix}/min_cosine"
-    metrics = reading.by_key(report.prefix)
+    metrics = reading.metrics
     in_bar = [lowest] if session.callback.prog_bar and lowest in metrics else []
     add_metrics(trainer, metrics, in_bar)
     loggers: list[Any] = trainer.loggers

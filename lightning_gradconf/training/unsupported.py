@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from lightning_gradconf.batches.loaders import loaders_in
+from lightning_gradconf.gram.objective import matching
 from lightning_gradconf.gram.ranks import sharded
 from lightning_gradconf.training.arguments import LOSS_FN
 from lightning_gradconf.training.compat import has_argument
@@ -39,9 +39,9 @@ def reason_not_to_start(callback: GradientConfusionCallback, trainer: Trainer, m
         return "training_step takes a dataloader_iter, which cannot be shared; let it take (batch, batch_idx)"
     if any(callback.source is loader for loader in loaders_in(trainer.train_dataloader).values()):
         return "source= is the training loader itself, whose order would change; use source='fresh'"
-    names = [name for name, _ in module.named_parameters()]
     for pattern in [callback.parameters] if isinstance(callback.parameters, str) else callback.parameters or []:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not matching(module, pattern):
+            names = [name for name, _ in module.named_parameters()]
             like = ", ".join(map(repr, names[:5]))
             return f"parameters={pattern!r} matches none of the {len(names)} parameters; their names are like {like}"
     never = trainer.log_every_n_steps == 0  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from torch import Tensor
 BLOCK = 1 << 20
 _SMALL = 1e6  # operations that are not worth a choice
 _NEAR = 4  # times as many operations may still be faster
-_ROUNDINGS = 1000  # by which Grams of two forms may differ
+_ROUNDINGS = 1000  # of the largest squared norm, by which Grams of two forms may differ
 _NEW = 5e-3  # seconds that new memory and kernels may cost on a CPU
 
 log = logging.getLogger("lightning_gradconf")

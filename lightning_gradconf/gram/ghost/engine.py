@@ -211,7 +211,7 @@ class _Measurement:
         if places is None or proves:
             if self.findings.workspace.rounding is None:
                 return self._proved(forward, signature, places or Places())
-            del forward  # with its graph
+            del forward, graph
             with full_float32(self.objective.device):  # in TF32 it would prove little
                 return self._proved(self.forward(), signature, places or Places())
         if places.free:

@@ -7,7 +7,7 @@ the factors of the gradient of one of its operands, in that operand's own shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -53,23 +53,28 @@ def _by_backward(node: Node, slot: int, shape: tuple[int, ...], at: Placement) -
             f"gradients of {megabytes(needed)} have to be formed, which exceeds the memory budget"
         )
     if (unit := unit_of(node)) is not None:
-        child, number = node.next_functions[slot]
-        assert child is not None
-        edges = [GradientEdge(node, i) for i, delta in enumerate(at.deltas) if delta is not None]
-        (gradient,) = torch.autograd.grad(
-            edges, [GradientEdge(child, number)], deltas, retain_graph=True, allow_unused=True
-        )
-        if gradient is None:
-            raise NotImplementedError(f"{node.name()} has no gradient for one of its operands")
-        return Dense(F.pad(as_rows(gradient, 1), (0, 0, unit, at.n - 1 - unit)))
+        return Dense(F.pad(_of_one_unit(node, slot, at.deltas), (0, 0, unit, at.n - 1 - unit)))
+    # Each operand finds out where its units lie, and the first takes the gradients of all.
     parts = zip(*([None] * at.n if delta is None else at.parts(delta) for delta in at.deltas), strict=True)
-    if (known := ("gradients", at.guess)) not in at.scratch:  # one call has the gradients of all operands
+    if (known := ("gradients", at.guess)) not in at.scratch:
         at.scratch[known] = called_alone(node, parts, shapes.keys(), deltas[0].device)
     zeros = deltas[0].new_zeros(shape)
     gradients = [zeros if gradient is None else gradient for gradient in at.scratch[known].pop(slot)]
     # Autograd sums after the node what was broadcast.
     summed = [gradient if gradient.shape == shape else gradient.sum_to_size(shape) for gradient in gradients]
     return Dense(torch.cat([as_rows(gradient, 1) for gradient in summed]))
+
+
+def _of_one_unit(node: Node, slot: int, deltas: Sequence[Tensor | None]) -> Tensor:
+    """Return the gradient ``(1, numel)`` of an operand of a custom Function that has to do with one unit alone."""
+    child, number = node.next_functions[slot]
+    assert child is not None
+    edges = [GradientEdge(node, i) for i, delta in enumerate(deltas) if delta is not None]
+    given = [delta for delta in deltas if delta is not None]
+    (gradient,) = torch.autograd.grad(edges, [GradientEdge(child, number)], given, retain_graph=True, allow_unused=True)
+    if gradient is None:
+        raise NotImplementedError(f"{node.name()} has no gradient for one of its operands")
+    return as_rows(gradient, 1)
 
 
 def _outer_products(left: Tensor, right: Tensor, at: Placement, factor: float = 1.0) -> OuterProducts:
